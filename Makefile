@@ -1,0 +1,43 @@
+# make demo | test | lint | clean. Needs Python 3.11 or newer with venv; everything else comes from PyPI.
+PYTHON ?= python3
+PIP_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
+
+.PHONY: demo test lint format clean
+
+demo: $(VENV)/run.done
+	$(BIN)/fate generate -p "What is the capital of France?" --experts 50%
+
+test: $(VENV)/dev.done
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/dev.done
+	$(BIN)/ruff check src tests scripts
+	$(BIN)/ruff format --check src tests scripts
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+format: $(VENV)/dev.done
+	$(BIN)/ruff check --fix src tests scripts
+	$(BIN)/ruff format src tests scripts
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "fate needs Python 3.11 or newer; try make PYTHON=python3.11" >&2; exit 2; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	  { echo "fate needs Python's venv; on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/run.done: $(VENV)/bin/python pyproject.toml constraints.txt
+	@echo "installing into $(VENV) (a minute or two the first time)"
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/dev.done: $(VENV)/run.done
+	$(PIP) -e '.[dev]'
+	@touch $@

@@ -1,0 +1,159 @@
+"""Does it fit, and how many expert slots does the user's number buy?
+
+One plan in bytes, made before the first expert is read; everything that allocates takes its share
+from here. Invariant: `planned_bytes` is at most `budget_bytes`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fate_moe.config import Limits, format_bytes
+from fate_moe.errors import BudgetError
+
+AVAILABLE_SHARE = 0.75
+"""Share of the available memory that a run takes when the user names no number."""
+
+
+_CGROUP_LIMITS = (
+    "/sys/fs/cgroup/memory.max",  # version 2
+    "/sys/fs/cgroup/memory/memory.limit_in_bytes",  # version 1
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Demands:
+    """What a run needs besides its expert slots; all in bytes unless the name says otherwise.
+
+    Attributes:
+        base_bytes: the process with its libraries, before any weight.
+        weights_bytes: everything that is not a routed expert, in the compute dtype.
+        load_bytes: extra while loading (file pages mapped beside the weights), gone afterwards.
+        kv_bytes: key/value cache for the whole context.
+        workspace_bytes: activations of one prefill chunk and the experts being computed.
+        slot_bytes: one expert slot.
+        num_experts: routed experts of the whole model.
+        floor_slots: fewest slots that can run at all.
+    """
+
+    base_bytes: int
+    weights_bytes: int
+    load_bytes: int
+    kv_bytes: int
+    workspace_bytes: int
+    slot_bytes: int
+    num_experts: int
+    floor_slots: int
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """The sizes a run is built with."""
+
+    budget_bytes: int
+    demands: Demands
+    slots: int
+
+    @property
+    def arena_bytes(self) -> int:
+        """All expert slots together."""
+        return self.slots * self.demands.slot_bytes
+
+    @property
+    def planned_bytes(self) -> int:
+        """The highest point of the run: while loading, or while generating."""
+        return _peak_bytes(self.demands, self.slots)
+
+    @property
+    def floor_bytes(self) -> int:
+        """The least budget that can run this model with this context."""
+        return _peak_bytes(self.demands, self.demands.floor_slots)
+
+
+def _peak_bytes(need: Demands, slots: int) -> int:
+    # The arena is touched only after the weights are in and their file is unmapped.
+    running = need.kv_bytes + need.workspace_bytes + slots * need.slot_bytes
+    return need.base_bytes + need.weights_bytes + max(need.load_bytes, running)
+
+
+def make_plan(limits: Limits, need: Demands, available_bytes: int) -> MemoryPlan:
+    """Turn the user's limits into a number of slots.
+
+    Args:
+        limits: what the user asked for.
+        need: what the model needs.
+        available_bytes: memory that is free now for this process, its own share included.
+    Raises:
+        BudgetError: the limits are below the floor; the message names the floor.
+    """
+    ram = limits.ram
+    budget = ram.of(available_bytes) if ram else int(available_bytes * AVAILABLE_SHARE)
+    floor = _peak_bytes(need, need.floor_slots)
+    if budget < floor:
+        raise BudgetError(
+            f"ram: have {format_bytes(budget)}, need at least {format_bytes(floor)} "
+            f"({_parts(need)}); try --ram {_round_up_mib(floor)}MiB or a smaller --context",
+            budget_bytes=budget,
+            floor_bytes=floor,
+        )
+    fixed = need.base_bytes + need.weights_bytes + need.kv_bytes + need.workspace_bytes
+    affordable = min(need.num_experts, (budget - fixed) // need.slot_bytes)
+    if limits.experts is None:
+        return MemoryPlan(budget, need, affordable)
+    wanted = min(
+        need.num_experts, limits.experts.of(need.num_experts * need.slot_bytes) // need.slot_bytes
+    )
+    if wanted < need.floor_slots:
+        least = need.floor_slots * need.slot_bytes
+        raise BudgetError(
+            f"experts: have {wanted} slots, need at least {need.floor_slots} "
+            f"({format_bytes(least)}); try --experts {_round_up_mib(least)}MiB",
+            budget_bytes=wanted * need.slot_bytes,
+            floor_bytes=least,
+        )
+    if wanted > affordable:
+        have = format_bytes(budget)
+        most = max(need.floor_slots, affordable)
+        raise BudgetError(
+            f"experts: {wanted} slots need {format_bytes(_peak_bytes(need, wanted))}, have {have}; "
+            f"try --experts {most * need.slot_bytes // 2**20}MiB or a larger --ram",
+            budget_bytes=budget,
+            floor_bytes=_peak_bytes(need, wanted),
+        )
+    return MemoryPlan(budget, need, wanted)
+
+
+def available_bytes(own_rss_bytes: int, system_available_bytes: int) -> int:
+    """Return what this process may use: free memory plus its own, within its cgroup's limit."""
+    limit = _cgroup_limit_bytes()
+    total = own_rss_bytes + system_available_bytes
+    return total if limit is None else min(total, limit)
+
+
+def _cgroup_limit_bytes() -> int | None:
+    for path in _CGROUP_LIMITS:
+        try:
+            text = Path(path).read_text(encoding="ascii").strip()
+        except OSError:
+            continue
+        if text.isdigit() and int(text) < 2**60:
+            return int(text)
+    return None
+
+
+def _parts(need: Demands) -> str:
+    slots = need.floor_slots * need.slot_bytes
+    parts = {
+        "process": need.base_bytes,
+        "weights": need.weights_bytes,
+        "loading": need.load_bytes,
+        "context": need.kv_bytes,
+        "workspace": need.workspace_bytes,
+        "experts": slots,
+    }
+    return ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items())
+
+
+def _round_up_mib(count: int) -> int:
+    return -(-count // 2**20)

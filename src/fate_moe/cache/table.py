@@ -1,0 +1,221 @@
+"""Which expert is in which slot, and who may leave?
+
+The pure half of the mover: keys and slot numbers, no bytes, no threads, no torch. Callers hold one
+lock around every call.
+
+Slots are alike; what differs is what a slot counts as:
+    region   the share of one MoE layer; ordered by that layer's eviction policy
+    spare    the rest; holds guesses, and for the time of their lease demanded experts that find no
+             room in their region
+A guess always lands in a spare slot, so it never evicts an expert that the router chose. When the
+router confirms it, the slot is counted to the region from then on (adopt), and the region's victim
+gives a slot back: no bytes move.
+
+Invariants (`check` proves them): every used slot has one entry; used regions are within their
+capacities; spare entries are within `spare_slots`; a locked entry is never evicted.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from fate_moe.cache.policy import EvictionPolicy
+from fate_moe.errors import CacheError
+from fate_moe.types import ExpertKey
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """One expert that has a slot.
+
+    Attributes:
+        key: the expert.
+        slot: its slot, in [0, S).
+        resident: its bytes are complete; until then it is in flight.
+        locks: leases on it; a locked entry cannot be evicted.
+        spare: counted to the spare slots, not to its layer's region.
+        guessed: read because of a guess; stays true after the router confirmed it.
+        used: the router asked for it at least once.
+    """
+
+    key: ExpertKey
+    slot: int
+    resident: bool = False
+    locks: int = 0
+    spare: bool = False
+    guessed: bool = False
+    used: bool = False
+
+
+class ExpertTable:
+    """Key to slot, for all layers of one tier."""
+
+    def __init__(
+        self,
+        capacities: Sequence[int],
+        spare_slots: int,
+        make_policy: Callable[[int], EvictionPolicy],
+    ) -> None:
+        """Share out `sum(capacities) + spare_slots` slots.
+
+        Args:
+            capacities: slots of each layer's region, [L]; 0 is allowed.
+            spare_slots: slots for guesses and overflow.
+            make_policy: builds the eviction policy of a region, given its capacity.
+        """
+        self.capacities = tuple(capacities)
+        self.spare_slots = spare_slots
+        self.evictions = 0
+        self.on_drop: Callable[[Entry], None] = lambda entry: None
+        self._policies = [make_policy(c) for c in capacities]
+        self._used = [0] * len(self.capacities)
+        self._entries: dict[ExpertKey, Entry] = {}
+        self._spare: dict[ExpertKey, Entry] = {}  # oldest first
+        self._free = deque(range(sum(capacities) + spare_slots))
+
+    def get(self, key: ExpertKey) -> Entry | None:
+        """Return the entry of `key`, resident or in flight, or None."""
+        return self._entries.get(key)
+
+    def touch(self, entry: Entry) -> None:
+        """Tell the policy that the router chose an expert that has a slot."""
+        key, policy = entry.key, self._policies[entry.key.layer]
+        entry.used = True
+        if not entry.spare:
+            policy.hit(key)
+            return
+        policy.miss(key)
+        if self._room_in_region(key):
+            self._adopt(entry)
+
+    def note_miss(self, key: ExpertKey) -> None:
+        """Tell the policy, once per request, that the router chose an expert without a slot."""
+        self._policies[key.layer].miss(key)
+
+    def place_demand(self, key: ExpertKey) -> Entry | None:
+        """Give a demanded expert a slot: of its region, else a spare one.
+
+        Returns:
+            The new entry, in flight, used, unlocked; None when every slot that could serve is
+            locked or in flight (try again after an unlock or a landing).
+        """
+        if self._room_in_region(key):
+            entry = Entry(key, self._free.popleft(), used=True)
+            self._join_region(entry)
+        elif self._room_in_spare(lambda old: True):
+            entry = Entry(key, self._free.popleft(), spare=True, used=True)
+            self._spare[key] = entry
+        else:
+            return None
+        self._entries[key] = entry
+        return entry
+
+    def place_guess(self, key: ExpertKey) -> Entry | None:
+        """Give a guessed expert a spare slot, or None.
+
+        Evicts only guesses for other layers that nobody asked for: never an expert that the
+        router chose, never a guess as fresh as itself.
+        """
+        if not self._room_in_spare(lambda old: old.key.layer != key.layer):
+            return None
+        entry = Entry(key, self._free.popleft(), spare=True, guessed=True)
+        self._entries[key] = self._spare[key] = entry
+        return entry
+
+    def landed(self, entry: Entry) -> None:
+        """Note that an entry's bytes are complete."""
+        entry.resident = True
+        self._drop_homeless(entry)
+
+    def unlock(self, entry: Entry) -> None:
+        """End one lease on an entry."""
+        entry.locks -= 1
+        self._drop_homeless(entry)
+
+    def place_resident(self, key: ExpertKey) -> Entry | None:
+        """Give an expert a free slot of its region before any request (preload), or None."""
+        if self._used[key.layer] >= self.capacities[key.layer]:
+            return None
+        entry = Entry(key, self._free.popleft())
+        self._join_region(entry)
+        self._entries[key] = entry
+        return entry
+
+    def drop(self, entry: Entry) -> None:
+        """Take an entry out whose read failed or was cancelled; its slot is free again."""
+        if entry.spare:
+            del self._spare[entry.key]
+        else:
+            self._policies[entry.key.layer].forget(entry.key)
+            self._used[entry.key.layer] -= 1
+        self._release_slot(entry)
+
+    def entries(self) -> list[Entry]:
+        """Return every entry, resident or in flight."""
+        return list(self._entries.values())
+
+    def check(self) -> None:
+        """Prove the invariants.
+
+        Raises:
+            CacheError: one is broken; names it.
+        """
+        slots = [e.slot for e in self._entries.values()] + list(self._free)
+        total = sum(self.capacities) + self.spare_slots
+        if sorted(slots) != list(range(total)):
+            raise CacheError(f"slots: {total} exist, {len(slots)} accounted for, or one twice")
+        for layer, capacity in enumerate(self.capacities):
+            used = sum(not e.spare and k.layer == layer for k, e in self._entries.items())
+            if used != self._used[layer] or used > capacity:
+                raise CacheError(f"layer {layer}: {used} slots used, {capacity} allowed")
+        spare = [k for k, e in self._entries.items() if e.spare]
+        if set(spare) != set(self._spare) or len(spare) > self.spare_slots:
+            raise CacheError(f"spare: {len(spare)} slots used, {self.spare_slots} allowed")
+
+    def _drop_homeless(self, entry: Entry) -> None:
+        # The policy gave this demanded expert no place; it was here for its lease only.
+        if entry.spare and entry.used and entry.resident and not entry.locks:
+            self.drop(entry)
+
+    def _room_in_region(self, key: ExpertKey) -> bool:
+        layer = key.layer
+        if self._used[layer] < self.capacities[layer]:
+            return True
+        victim = self._policies[layer].victim(key, self._is_evictable)
+        if victim is None:
+            return False
+        self._policies[layer].evict(victim)
+        self._used[layer] -= 1
+        self.evictions += 1
+        self._release_slot(self._entries[victim])
+        return True
+
+    def _room_in_spare(self, may_go: Callable[[Entry], bool]) -> bool:
+        if len(self._spare) < self.spare_slots:
+            return True
+        for old in self._spare.values():
+            if old.resident and not old.locks and may_go(old):
+                del self._spare[old.key]
+                self._release_slot(old)
+                return True
+        return False
+
+    def _is_evictable(self, key: ExpertKey) -> bool:
+        entry = self._entries[key]
+        return entry.resident and not entry.locks
+
+    def _join_region(self, entry: Entry) -> None:
+        self._policies[entry.key.layer].admit(entry.key)
+        self._used[entry.key.layer] += 1
+
+    def _adopt(self, entry: Entry) -> None:
+        del self._spare[entry.key]
+        entry.spare = False
+        self._join_region(entry)
+
+    def _release_slot(self, entry: Entry) -> None:
+        del self._entries[entry.key]
+        self._free.append(entry.slot)
+        self.on_drop(entry)

@@ -1,0 +1,41 @@
+"""Which commands are there?"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from fate_moe import __version__
+
+app = typer.Typer(
+    name="fate",
+    help="Run any Mixture-of-Experts language model in a fraction of its memory.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fate {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Run any Mixture-of-Experts language model in a fraction of its memory."""
+
+
+def main() -> None:
+    """Run the command line."""
+    # Commands register themselves; imported here so that `import fate_moe.cli` stays cheap.
+    from fate_moe.cli import chat, generate, stores  # noqa: F401
+
+    app()

@@ -1,0 +1,131 @@
+"""`fate chat`: a conversation in the terminal."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from fate_moe.cli import options
+from fate_moe.cli.app import app
+from fate_moe.cli.generate import open_engine, speed_rows
+from fate_moe.cli.terminal import guarded, say, show_report, stderr
+from fate_moe.errors import ConfigError, FateError
+
+if TYPE_CHECKING:
+    from fate_moe.engine.generate import Answer, Conversation, Message, Sampling
+
+HELP = "/stats shows the report, /reset starts anew, /quit or Ctrl-D ends, Ctrl-C stops an answer"
+
+
+@app.command()
+@guarded
+def chat(
+    model: options.Model = "smolmoe",
+    max_new_tokens: options.MaxNewTokens = 256,
+    temperature: options.Temperature = 0.0,
+    top_p: options.TopP = 1.0,
+    seed: options.Seed = None,
+    system: options.System = None,
+    ram: options.Ram = None,
+    experts: options.Experts = None,
+    context: options.Context = None,
+    policy: options.Policy = "fate",
+    predictor: options.PredictorName = None,
+    cache: options.CacheName = None,
+    allocation: options.AllocationName = None,
+    window: options.Window = None,
+    dtype: options.Dtype = None,
+    threads: options.Threads = None,
+    io_threads: options.IoThreads = None,
+    verify: options.Verify = None,
+    revision: options.Revision = None,
+    cache_dir: options.CacheDir = None,
+) -> None:
+    """Talk with a model; it remembers the conversation.
+
+    Inside: /stats shows the live report, /reset starts anew, /help lists the rest.
+
+    Example:
+
+        fate chat --experts 25% --temperature 0.7
+    """
+    from fate_moe.engine.generate import Conversation, Sampling
+
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    engine, tokenizer = open_engine(
+        model, revision, cache_dir,
+        policy=policy, ram=ram, experts=experts, context_tokens=context, predictor=predictor,
+        cache=cache, allocation=allocation, window=window, dtype=dtype, threads=threads,
+        io_threads=io_threads, verify=verify,
+    )  # fmt: skip
+    try:
+        if not tokenizer.chat_template:
+            raise ConfigError(f"{model}: no chat template; use fate generate --raw")
+        start: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+        Dialogue(Conversation(engine, tokenizer), sampling, start).run()
+    finally:
+        engine.close()
+
+
+class Dialogue:
+    """The loop between a person and a conversation."""
+
+    def __init__(
+        self, conversation: Conversation, sampling: Sampling, start: list[Message]
+    ) -> None:
+        self._conversation = conversation
+        self._sampling = sampling
+        self._start = start
+        self._messages = list(start)
+        self._last: Answer | None = None
+
+    def run(self) -> None:
+        """Read lines until the end of input or /quit."""
+        stderr.print(f"[dim]{HELP}[/dim]")
+        while (line := self._read_line()) is not None:
+            if line in ("/quit", "/exit"):
+                return
+            if line.startswith("/"):
+                self._command(line)
+            elif line:
+                self._turn(line)
+
+    def _read_line(self) -> str | None:
+        if sys.stdin.isatty():
+            stderr.print("[bold cyan]> [/bold cyan]", end="")
+        try:
+            return input().strip()
+        except EOFError:
+            return None
+
+    def _command(self, line: str) -> None:
+        if line == "/stats":
+            speed = [] if self._last is None else speed_rows(self._last)
+            show_report(speed + self._conversation.engine.report().rows())
+        elif line == "/reset":
+            self._messages = list(self._start)
+            self._conversation.forget()
+            self._conversation.engine.reset()
+            stderr.print("[dim]forgotten[/dim]")
+        elif line == "/help":
+            stderr.print(HELP)
+        else:
+            stderr.print(f"unknown command {line}; {HELP}")
+
+    def _turn(self, text: str) -> None:
+        asked = [*self._messages, {"role": "user", "content": text}]
+        heard: list[str] = []
+
+        def on_text(piece: str) -> None:
+            heard.append(piece)
+            say(piece)
+
+        try:
+            self._last = self._conversation.ask(asked, self._sampling, on_text)
+        except KeyboardInterrupt:
+            stderr.print("\n[dim]stopped[/dim]")
+        except FateError as error:
+            stderr.print(f"fate: {error}; /reset starts anew", markup=False)
+            return
+        say("\n")
+        self._messages = [*asked, {"role": "assistant", "content": "".join(heard)}]

@@ -1,0 +1,165 @@
+"""`fate generate`: one prompt, one answer, one report."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fate_moe.cli import options
+from fate_moe.cli.app import app
+from fate_moe.cli.terminal import (
+    TerminalProgress,
+    default_cache_dir,
+    emit_json,
+    guarded,
+    say,
+    show_report,
+)
+from fate_moe.errors import ConfigError, FateError
+
+if TYPE_CHECKING:
+    from fate_moe.engine.generate import Answer, Message
+    from fate_moe.engine.handle import Engine
+
+Prompt = Annotated[
+    str | None,
+    typer.Option(
+        "--prompt",
+        "-p",
+        metavar="TEXT",
+        help="What to ask; - or nothing reads it from stdin.",
+    ),
+]
+Raw = Annotated[
+    bool,
+    typer.Option(
+        "--raw",
+        rich_help_panel=options.ANSWER,
+        help="Continue the text as it is, without the chat template.",
+    ),
+]
+
+
+@app.command()
+@guarded
+def generate(
+    model: options.Model = "smolmoe",
+    prompt: Prompt = None,
+    max_new_tokens: options.MaxNewTokens = 128,
+    temperature: options.Temperature = 0.0,
+    top_p: options.TopP = 1.0,
+    seed: options.Seed = None,
+    system: options.System = None,
+    raw: Raw = False,
+    ram: options.Ram = None,
+    experts: options.Experts = None,
+    context: options.Context = None,
+    policy: options.Policy = "fate",
+    predictor: options.PredictorName = None,
+    cache: options.CacheName = None,
+    allocation: options.AllocationName = None,
+    window: options.Window = None,
+    dtype: options.Dtype = None,
+    threads: options.Threads = None,
+    io_threads: options.IoThreads = None,
+    verify: options.Verify = None,
+    revision: options.Revision = None,
+    cache_dir: options.CacheDir = None,
+    json_out: options.JsonOut = False,
+) -> None:
+    """Answer one prompt and report what it cost.
+
+    The answer goes to stdout, the report to stderr.
+
+    Examples:
+
+        fate generate -p "What is the capital of France?" --experts 50%
+
+        fate generate Qwen/Qwen1.5-MoE-A2.7B-Chat -p "Why is the sky blue?" --ram 6GiB
+
+        git diff | fate generate --raw -n 64 --json
+    """
+    text = _read_prompt(prompt)
+    from fate_moe.engine.generate import Conversation, Sampling
+
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    engine, tokenizer = open_engine(
+        model, revision, cache_dir,
+        policy=policy, ram=ram, experts=experts, context_tokens=context, predictor=predictor,
+        cache=cache, allocation=allocation, window=window, dtype=dtype, threads=threads,
+        io_threads=io_threads, verify=verify,
+    )  # fmt: skip
+    try:
+        conversation = Conversation(engine, tokenizer)
+        asked = text if raw or not tokenizer.chat_template else messages(system, text)
+        answer = conversation.ask(asked, sampling, (lambda _: None) if json_out else say)
+        if json_out:
+            emit_json(as_json(answer, engine))
+            return
+        say("\n")
+        show_report(speed_rows(answer) + engine.report().rows())
+    finally:
+        engine.close()
+
+
+def open_engine(
+    model: str, revision: str | None, cache_dir: Any, **settings: Any
+) -> tuple[Engine, Any]:
+    """Load a model with progress bars; the settings are those of `fate_moe.load`."""
+    with TerminalProgress() as progress:
+        progress("starting", 0, 1)
+        import fate_moe
+
+        progress("starting", 1, 1)
+        loaded, tokenizer = fate_moe.load(
+            model,
+            revision=revision,
+            cache_dir=cache_dir or default_cache_dir(),
+            progress=progress,
+            **settings,
+        )
+    return loaded.fate, tokenizer
+
+
+def messages(system: str | None, text: str) -> list[Message]:
+    """Return the start of a conversation."""
+    first = [] if system is None else [{"role": "system", "content": system}]
+    return [*first, {"role": "user", "content": text}]
+
+
+def speed_rows(answer: Answer) -> list[tuple[str, str]]:
+    """Return an answer's speed as report rows."""
+    decode = "-" if answer.decode_tok_s is None else f"{answer.decode_tok_s:.1f} tok/s"
+    ceiling = (
+        "no bytes moved"
+        if answer.ceiling_tok_s is None
+        else f"link allows {answer.ceiling_tok_s:.1f} tok/s"
+    )
+    return [
+        (
+            "prefill",
+            f"{answer.prompt_tokens} tokens, first token after {answer.ttft_s:.2f} s "
+            f"({answer.prefill_tok_s:.1f} tok/s)",
+        ),
+        ("decode", f"{answer.new_tokens} tokens, {decode} ({ceiling})"),
+    ]
+
+
+def as_json(answer: Answer, engine: Engine) -> dict[str, object]:
+    """Return the contract's object: the answer, its speed and the engine's report."""
+    return {**asdict(answer), **asdict(engine.report())}
+
+
+def _read_prompt(prompt: str | None) -> str:
+    if prompt is None and sys.stdin.isatty():
+        raise ConfigError("prompt: none given; try fate generate -p 'Why is the sky blue?'")
+    try:
+        text = sys.stdin.read() if prompt in (None, "-") else str(prompt)
+    except UnicodeDecodeError as error:
+        raise FateError(f"prompt: stdin is no UTF-8 text: {error.reason}") from error
+    if not text.strip():
+        raise ConfigError("prompt: it is empty")
+    return text

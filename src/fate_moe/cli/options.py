@@ -1,0 +1,127 @@
+"""Which options do several commands share, and how do they read?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+MEMORY, STAGES, ANSWER = "Memory", "Stages", "Answer"
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="smolmoe (built in), a folder with a checkpoint or a store, or a hub id (owner/name).",
+    ),
+]
+Ram = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        rich_help_panel=MEMORY,
+        help="Limit for the whole process: 6GiB, 800MiB or 50% of what is available. "
+        "Default: 75% of it.",
+    ),
+]
+Experts = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE|N%",
+        rich_help_panel=MEMORY,
+        help="Limit for the expert slots alone: 2GiB, or 25% of all experts.",
+    ),
+]
+Context = Annotated[
+    int | None,
+    typer.Option(
+        metavar="TOKENS",
+        rich_help_panel=MEMORY,
+        help="Prompt and answer together. Default: the model's limit, at most 4096.",
+    ),
+]
+Policy = Annotated[
+    str,
+    typer.Option(
+        rich_help_panel=STAGES,
+        help="fate (the paper's rules), demand (load on demand), resident (everything in memory).",
+    ),
+]
+PredictorName = Annotated[
+    str | None,
+    typer.Option("--predictor", rich_help_panel=STAGES, help="cross_layer or none."),
+]
+CacheName = Annotated[
+    str | None, typer.Option("--cache", rich_help_panel=STAGES, help="arc or lru.")
+]
+AllocationName = Annotated[
+    str | None, typer.Option("--allocation", rich_help_panel=STAGES, help="shallow or even.")
+]
+Window = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        rich_help_panel=STAGES,
+        help="Most guesses per layer. Default: as many as the measured computing time hides.",
+    ),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=STAGES,
+        help="auto, float32, bfloat16 or float16. auto: bfloat16 where the processor has it.",
+    ),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(metavar="N", rich_help_panel=STAGES, help="Computing threads of torch."),
+]
+IoThreads = Annotated[
+    int | None,
+    typer.Option(metavar="N", rich_help_panel=STAGES, help="Reads side by side. Default: 4."),
+]
+Verify = Annotated[
+    bool | None,
+    typer.Option(
+        "--verify",
+        rich_help_panel=STAGES,
+        help="Check each expert against its checksum when it is first read.",
+    ),
+]
+Revision = Annotated[
+    str | None,
+    typer.Option(metavar="REV", help="Commit, branch or tag of a hub id."),
+]
+CacheDir = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Where downloads and stores are kept. Default: $FATE_CACHE or ~/.cache/fate.",
+    ),
+]
+JsonOut = Annotated[
+    bool,
+    typer.Option("--json", help="Print exactly one JSON object on stdout."),
+]
+MaxNewTokens = Annotated[
+    int,
+    typer.Option(
+        "--max-new-tokens", "-n", metavar="N", rich_help_panel=ANSWER, help="Longest answer."
+    ),
+]
+Temperature = Annotated[
+    float,
+    typer.Option(rich_help_panel=ANSWER, help="0 takes the likeliest token (greedy)."),
+]
+TopP = Annotated[
+    float,
+    typer.Option(rich_help_panel=ANSWER, help="Sample from this share of the probability."),
+]
+Seed = Annotated[
+    int | None, typer.Option(rich_help_panel=ANSWER, help="Makes sampling repeatable.")
+]
+System = Annotated[
+    str | None,
+    typer.Option(rich_help_panel=ANSWER, help="System message before the conversation."),
+]

@@ -1,0 +1,198 @@
+"""`fate convert`, `fate inspect`, `fate verify`: making stores and looking at them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fate_moe.cli import options
+from fate_moe.cli.app import app
+from fate_moe.cli.terminal import (
+    TerminalProgress,
+    default_cache_dir,
+    emit_json,
+    fail,
+    guarded,
+    say,
+    show_report,
+)
+from fate_moe.config import format_bytes
+from fate_moe.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fate_moe.store.format import Manifest
+
+Store = Annotated[
+    str,
+    typer.Argument(metavar="STORE", help="A store, or a model whose store is in the cache folder."),
+]
+
+
+@app.command()
+@guarded
+def convert(
+    model: options.Model = "smolmoe",
+    out: Annotated[
+        Path | None,
+        typer.Argument(metavar="[STORE]", help="Folder to write. Default: the cache folder."),
+    ] = None,
+    group_size: Annotated[
+        int,
+        typer.Option(metavar="N", help="Weights that share a scale and a zero: 64 or 32."),
+    ] = 64,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the store that is there, once done.")
+    ] = False,
+    revision: options.Revision = None,
+    cache_dir: options.CacheDir = None,
+    json_out: options.JsonOut = False,
+) -> None:
+    """Turn a checkpoint into a store with INT4 experts.
+
+    Streams expert by expert, so it needs little memory; goes on where it was interrupted; the
+    store appears only when it is complete.
+
+    Examples:
+
+        fate convert Qwen/Qwen1.5-MoE-A2.7B-Chat
+
+        fate convert ./my-checkpoint ./my-store --group-size 32
+    """
+    with TerminalProgress() as progress:
+        from fate_moe.engine.prepare import convert_model
+
+        root = cache_dir or default_cache_dir()
+        store, manifest = convert_model(
+            model, out, cache_dir=root, revision=revision, group_size=group_size, force=force,
+            progress=progress,
+        )  # fmt: skip
+    if json_out:
+        emit_json({"store": str(store), **_summary(manifest)})
+    else:
+        say(f"{store}\n")
+        show_report(_rows(manifest))
+
+
+@app.command()
+@guarded
+def inspect(
+    store: Store = "smolmoe",
+    cache_dir: options.CacheDir = None,
+    json_out: options.JsonOut = False,
+) -> None:
+    """Show what is in a store.
+
+    Examples:
+
+        fate inspect
+
+        fate inspect ./my-store --json
+    """
+    from fate_moe.store.format import read_manifest
+
+    folder = _existing_store(store, cache_dir)
+    manifest = read_manifest(folder)
+    if json_out:
+        emit_json({"store": str(folder), **_summary(manifest)})
+    else:
+        say(f"{folder}\n")
+        show_report(_rows(manifest))
+
+
+@app.command()
+@guarded
+def verify(
+    store: Store = "smolmoe",
+    cache_dir: options.CacheDir = None,
+    json_out: options.JsonOut = False,
+) -> None:
+    """Recompute every checksum of a store; exit code 2 when a byte is wrong.
+
+    Example:
+
+        fate verify ./my-store
+    """
+    from fate_moe.store import verify as checks
+
+    folder = _existing_store(store, cache_dir)
+    with TerminalProgress() as progress:
+        report = checks.verify(folder, progress)
+    if json_out:
+        emit_json(
+            {
+                "store": str(folder),
+                "intact": report.is_intact,
+                "records": report.records,
+                "bytes_read": report.bytes_read,
+                "findings": [asdict(finding) for finding in report.findings],
+            }
+        )
+    else:
+        for finding in report.findings:
+            say(f"{finding}\n")
+    if not report.is_intact:
+        fail(
+            f"{folder}: {len(report.findings)} of {report.records + len(report.findings)} parts "
+            "damaged; convert the model again with --force",
+            2,
+        )
+    if not json_out:
+        say(f"{folder}: {report.records} records intact, {format_bytes(report.bytes_read)} read\n")
+
+
+def _existing_store(store: str, cache_dir: Path | None) -> Path:
+    from fate_moe.engine.prepare import known_store
+
+    folder = known_store(store, cache_dir or default_cache_dir())
+    if folder is None:
+        raise ConfigError(f"{store}: no store yet; run fate convert {store}")
+    return folder
+
+
+def _summary(manifest: Manifest) -> dict[str, object]:
+    return {
+        "format": manifest.format,
+        "source": asdict(manifest.source),
+        "dtype": manifest.dtype,
+        "quantization": dict(manifest.quantization),
+        "moe_layers": len(manifest.layers),
+        "experts": sum(layer.num_experts for layer in manifest.layers),
+        "expert_bytes": manifest.layers[0].record_bytes,
+        "experts_bytes": manifest.expert_bytes,
+        "resident_bytes": manifest.resident.bytes,
+        "layers": [
+            {
+                "path": layer.path,
+                "num_experts": layer.num_experts,
+                "record_bytes": layer.record_bytes,
+                "head_bytes": layer.head_bytes,
+                "layout": layer.layout,
+            }
+            for layer in manifest.layers
+        ],
+    }
+
+
+def _rows(manifest: Manifest) -> list[tuple[str, str]]:
+    source = manifest.source
+    first = manifest.layers[0]
+    counts = sorted({layer.num_experts for layer in manifest.layers})
+    quantization = ", ".join(f"{name} {value}" for name, value in manifest.quantization.items())
+    return [
+        ("source", source.id + (f" at {source.revision}" if source.revision else "")),
+        ("quantization", f"{quantization} (source {manifest.dtype})"),
+        ("layers", f"{len(manifest.layers)} with {' or '.join(map(str, counts))} experts each"),
+        (
+            "expert",
+            f"{format_bytes(first.record_bytes)}, of which the INT2 head "
+            f"{format_bytes(first.head_bytes)}",
+        ),
+        (
+            "size",
+            f"{format_bytes(manifest.expert_bytes)} of experts, "
+            f"{format_bytes(manifest.resident.bytes)} of everything else",
+        ),
+    ]

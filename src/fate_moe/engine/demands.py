@@ -1,0 +1,89 @@
+"""How much memory does a model need besides its expert slots?
+
+Read from headers and the config alone, before any weight: the input of `budget.make_plan`. Every
+figure is an upper bound; `tests/gates` compares the sum with the peak that a run really reaches.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from pathlib import Path
+
+import torch
+
+from fate_moe.budget import Demands
+from fate_moe.config import Limits
+from fate_moe.errors import ConfigError
+from fate_moe.models.load import Skeleton
+from fate_moe.store.format import Manifest
+from fate_moe.store.header import read_header
+from fate_moe.telemetry import rss_bytes
+
+PREFILL_CHUNK_TOKENS = 512
+"""Longest piece of a prompt that goes through the model at once: it bounds the activations."""
+
+DEFAULT_CONTEXT_TOKENS = 4096
+
+_MARGIN_BYTES = 48 * 2**20  # allocator slack, thread stacks, libraries loaded late
+_FLOOR_SLOTS = 3  # two in their regions and one spare: the least that still overlaps
+
+Shapes = list[tuple[int, ...]]
+
+
+def demands_of(
+    store: Path, manifest: Manifest, skeleton: Skeleton, dtype: torch.dtype, context: int
+) -> Demands:
+    """Size up a store.
+
+    Args:
+        store: its folder.
+        dtype: what the model computes in.
+        context: prompt and answer together, in tokens.
+    """
+    header = read_header(store / manifest.resident.file)
+    shapes = [tensor.shape for tensor in header.tensors.values()]
+    sizes = [prod(shape) * dtype.itemsize for shape in shapes]
+    return Demands(
+        base_bytes=rss_bytes(),
+        weights_bytes=sum(sizes),
+        load_bytes=manifest.resident.bytes + max(sizes) + _MARGIN_BYTES,
+        kv_bytes=skeleton.kv_bytes_per_token(dtype) * context,
+        workspace_bytes=_workspace_bytes(manifest, skeleton, shapes, dtype, context),
+        slot_bytes=max(layer.record_bytes for layer in manifest.layers),
+        num_experts=sum(layer.num_experts for layer in manifest.layers),
+        floor_slots=_FLOOR_SLOTS,
+    )
+
+
+def context_tokens(limits: Limits, skeleton: Skeleton) -> int:
+    """Return how many tokens prompt and answer may have together.
+
+    Raises:
+        ConfigError: more than the model was made for.
+    """
+    if limits.context_tokens is None:
+        return min(DEFAULT_CONTEXT_TOKENS, skeleton.max_context)
+    if limits.context_tokens > skeleton.max_context:
+        raise ConfigError(
+            f"context: have {limits.context_tokens} tokens, the model takes at most "
+            f"{skeleton.max_context}"
+        )
+    return limits.context_tokens
+
+
+def _workspace_bytes(
+    manifest: Manifest, skeleton: Skeleton, shapes: Shapes, dtype: torch.dtype, context: int
+) -> int:
+    vocabulary = skeleton.vocabulary
+    tokens = min(PREFILL_CHUNK_TOKENS, context)
+    widths = [s[0] for s in shapes if len(s) == 2 and s[0] != vocabulary]  # [out, in]
+    per_token = (
+        (12 + skeleton.top_k) * skeleton.hidden  # live hidden states and the experts' parts
+        + 3 * max(widths, default=skeleton.hidden)  # the widest feed-forward: gate, up, product
+        + context  # one row of the attention mask
+    )
+    scores = 4 * vocabulary * 4  # float32 logits of the last position and their copies
+    # One expert being unpacked: codes, float32 weights and the model's dtype, 12 bytes a weight
+    # over half a byte in the record.
+    unpacked = 24 * max(layer.record_bytes for layer in manifest.layers)
+    return tokens * per_token * dtype.itemsize + scores + unpacked + _MARGIN_BYTES

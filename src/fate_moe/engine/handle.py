@@ -1,0 +1,86 @@
+"""What can be asked of an engine that runs?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from fate_moe.engine.plan import Blueprint
+from fate_moe.prefetch.mover import Mover
+from fate_moe.store.reader import RecordReader
+from fate_moe.telemetry import Report, counts_json, peak_rss_bytes, per_layer_json
+from fate_moe.types import Phase
+
+
+@dataclass(slots=True)
+class Engine:
+    """What a loaded model carries as `model.fate`.
+
+    Attributes:
+        blueprint: what was decided before loading: config, store, memory plan.
+        model: the transformers model whose experts this engine serves.
+        mover: the tables, the reads and their counts.
+        reader: the store's reader.
+        mode: in words, what this run does and every way it differs from the checkpoint.
+    """
+
+    blueprint: Blueprint
+    model: Any
+    mover: Mover
+    reader: RecordReader
+    mode: str
+
+    @property
+    def context_tokens(self) -> int:
+        """Prompt and answer together."""
+        return self.blueprint.context_tokens
+
+    def report(self) -> Report:
+        """Say what happened since the engine was built or `reset`."""
+        telemetry, table = self.mover.telemetry, self.mover.table
+        blueprint, plan = self.blueprint, self.blueprint.memory
+        total = telemetry.total()
+        return Report(
+            mode=self.mode,
+            requests=total.requests,
+            hits=total.hits,
+            late=total.late,
+            misses=total.misses,
+            hit_rate=total.hit_rate,
+            recall=total.recall,
+            recall_top_k=total.recall_top_k,
+            coverage=_share(total.saved, total.saved + total.misses),
+            accuracy=_share(telemetry.guesses_used, telemetry.guesses),
+            guesses=telemetry.guesses,
+            guesses_used=telemetry.guesses_used,
+            evictions=table.evictions,
+            bytes_demand=telemetry.bytes_demand,
+            bytes_speculated=telemetry.bytes_speculated,
+            bytes_wasted=telemetry.bytes_wasted,
+            bytes_preloaded=telemetry.bytes_preloaded,
+            stall_s=telemetry.stall_s,
+            experts_capacity=plan.slots,
+            experts_total=plan.demands.num_experts,
+            working_set=blueprint.skeleton.top_k * len(blueprint.manifest.layers),
+            expert_bytes=plan.demands.slot_bytes,
+            link_bytes_s=self.mover.link.bytes_per_s,
+            budget_bytes=plan.budget_bytes,
+            planned_bytes=plan.planned_bytes,
+            floor_bytes=plan.floor_bytes,
+            peak_rss_bytes=peak_rss_bytes(),
+            phases={phase.value: counts_json(telemetry.total(phase)) for phase in Phase},
+            per_layer=per_layer_json(telemetry, table.capacities),
+        )
+
+    def reset(self) -> None:
+        """Set the report's counts to zero; resident experts stay."""
+        self.mover.reset()
+
+    def close(self) -> None:
+        """Stop the reader threads and close the store; a second call does nothing."""
+        self.mover.close()
+        self.reader.close()
+
+
+def _share(part: int, whole: int) -> float | None:
+    return part / whole if whole else None

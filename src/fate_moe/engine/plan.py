@@ -1,0 +1,89 @@
+"""What will a run look like, decided before a byte of weights is read?
+
+Everything comes from headers, the config and the user's limits; `build` only carries it out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fate_moe.budget import MemoryPlan, available_bytes, make_plan
+from fate_moe.cache import make_cache
+from fate_moe.cache.allocation import allocate
+from fate_moe.config import Config
+from fate_moe.engine.demands import context_tokens, demands_of
+from fate_moe.models.load import Skeleton, choose_dtype, read_skeleton
+from fate_moe.predict import make_predictor
+from fate_moe.store.format import Manifest, read_manifest
+from fate_moe.telemetry import rss_bytes, system_available_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Blueprint:
+    """A run before it is built.
+
+    Attributes:
+        store: the store's folder.
+        manifest: what is in it.
+        skeleton: the model's shape.
+        dtype: what it computes in.
+        context_tokens: prompt and answer together.
+        memory: the memory plan.
+    """
+
+    store: Path
+    config: Config
+    manifest: Manifest
+    skeleton: Skeleton
+    dtype: torch.dtype
+    context_tokens: int
+    memory: MemoryPlan
+
+    @property
+    def experts(self) -> list[int]:
+        """Experts of each layer, [L]."""
+        return [layer.num_experts for layer in self.manifest.layers]
+
+    def share_out(self, guess_width: int) -> tuple[list[int], int]:
+        """Split the slots into one region per layer and the spare ones.
+
+        Args:
+            guess_width: most experts guessed for one layer in decode, 0 without a predictor.
+        Returns:
+            Capacity of each layer's region, [L], and the spare slots.
+        """
+        slots, cache = self.memory.slots, self.config.cache
+        spare = 0
+        if slots < sum(self.experts):
+            # Room for one layer's guesses; without a predictor, for two reads side by side. A
+            # cache smaller than that gives up at most a third of itself.
+            wanted = max(guess_width, self.skeleton.top_k) if guess_width else 2
+            spare = max(1, min(wanted, slots // 3))
+        regions = allocate(cache.allocation, self.experts, slots - spare, cache.shallow_layers)
+        return regions, slots - sum(regions)
+
+
+def draw(store: Path, config: Config) -> Blueprint:
+    """Decide everything about a run.
+
+    Raises:
+        StoreError, FormatError: the store is missing or damaged.
+        ConfigError: a name is unknown, or the context is longer than the model's.
+        ModelError: the config is of no family that transformers knows.
+        BudgetError: the limits are below the floor.
+    """
+    # Names first: a typing error should not cost the time it takes to load a model.
+    make_predictor(config.predict, [])
+    make_cache(config.cache.cache, 1)
+    allocate(config.cache.allocation, [], 0, 0)
+    manifest = read_manifest(store)
+    skeleton = read_skeleton(store)
+    dtype = choose_dtype(config.compute.dtype, skeleton.dtype)
+    context = context_tokens(config.limits, skeleton)
+    need = demands_of(store, manifest, skeleton, dtype, context)
+    available = available_bytes(rss_bytes(), system_available_bytes())
+    memory = make_plan(config.limits, need, available)
+    return Blueprint(store, config, manifest, skeleton, dtype, context, memory)

@@ -1,0 +1,140 @@
+"""Which store belongs to the name a user typed?
+
+A name is `smolmoe` (built here), a store, a folder with a checkpoint, or a hub id. Whatever is not
+a store yet is converted once into the cache folder; the second time costs nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+
+from fate_moe.errors import ModelError
+from fate_moe.models.checkpoint import open_checkpoint
+from fate_moe.reference import SMOLMOE, build_smolmoe
+from fate_moe.store.convert import convert, is_made_from
+from fate_moe.store.format import Manifest, is_store, read_manifest
+from fate_moe.types import Progress, no_progress
+
+DEFAULT_GROUP = 64
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "LICENSE*")
+
+
+def default_cache_dir() -> Path:
+    """Return where models and stores are kept unless the caller says otherwise."""
+    return Path.home() / ".cache" / "fate"
+
+
+def find_store(
+    model: str,
+    *,
+    cache_dir: Path,
+    revision: str | None = None,
+    progress: Progress = no_progress,
+) -> Path:
+    """Return the store of a model, making it first where there is none.
+
+    Args:
+        model: `smolmoe`, a folder (store or checkpoint), or a hub id such as `Qwen/Qwen3-30B-A3B`.
+        cache_dir: where downloads and stores are kept.
+        revision: commit, branch or tag of a hub id.
+    Raises:
+        ModelError: nothing by that name, or nothing that can be converted.
+        StoreError: the store cannot be written.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir() and is_store(folder):
+        return folder
+    store, _ = convert_model(model, None, cache_dir=cache_dir, revision=revision, progress=progress)
+    return store
+
+
+def convert_model(
+    model: str,
+    out: Path | None,
+    *,
+    cache_dir: Path,
+    revision: str | None = None,
+    group_size: int = DEFAULT_GROUP,
+    force: bool = False,
+    progress: Progress = no_progress,
+) -> tuple[Path, Manifest]:
+    """Make the store of a model, or find that it is there already.
+
+    Args:
+        out: where to; None = its place in the cache folder, where a store of other content (the
+            checkpoint changed) is replaced.
+        group_size: weights that share a scale and a zero.
+        force: convert again and replace what is at `out`.
+    Returns:
+        The store's folder and manifest.
+    Raises:
+        ModelError, StoreError: as `find_store`.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir() and is_store(folder):
+        raise ModelError(f"{model}: is a store already; give the checkpoint it was made from")
+    checkpoint = find_checkpoint(model, cache_dir=cache_dir, revision=revision, progress=progress)
+    store = out or cached_store(model, cache_dir)
+    with open_checkpoint(checkpoint, group=group_size) as source:
+        stale = out is None and is_store(store) and not is_made_from(read_manifest(store), source)
+        return store, convert(source, store, force=force or stale, progress=progress)
+
+
+def cached_store(model: str, cache_dir: Path) -> Path:
+    """Return where the store of a model lies in the cache folder, made or not."""
+    folder = Path(model).expanduser()
+    name = re.sub(r"[^A-Za-z0-9.-]+", "-", model).strip("-.")[-60:]
+    if folder.is_dir():  # two folders of one name must not share a store
+        name += "-" + hashlib.blake2b(bytes(folder.resolve()), digest_size=4).hexdigest()
+    return cache_dir / "stores" / name
+
+
+def known_store(model: str, cache_dir: Path) -> Path | None:
+    """Return a store that exists already, named by its folder or by its model, or None."""
+    for folder in (Path(model).expanduser(), cached_store(model, cache_dir)):
+        if is_store(folder):
+            return folder
+    return None
+
+
+def find_checkpoint(
+    model: str,
+    *,
+    cache_dir: Path,
+    revision: str | None = None,
+    progress: Progress = no_progress,
+) -> Path:
+    """Return the folder of a model's original weights, fetching or building it where needed.
+
+    Raises:
+        ModelError: nothing by that name.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if (folder / "config.json").is_file():
+            return folder
+        raise ModelError(f"{model}: the folder holds neither config.json nor fate.json")
+    if model == SMOLMOE:
+        return build_smolmoe(cache_dir, progress)
+    if _HUB_ID.fullmatch(model):
+        return _download(model, revision)
+    raise ModelError(f"{model}: no such folder; give {SMOLMOE}, a folder, or a hub id (owner/name)")
+
+
+def _download(model: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=list(_PATTERNS)))
+    except LocalEntryNotFoundError as error:
+        raise ModelError(
+            f"{model}: not on this machine and the hub cannot be reached; "
+            "check the network, or give the folder of a downloaded model"
+        ) from error
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"{model}: cannot be fetched from the hub: {reason}") from error

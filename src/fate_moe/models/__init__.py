@@ -1,0 +1,1 @@
+"""The seam into transformers; the only package, with `reference/`, that imports it."""

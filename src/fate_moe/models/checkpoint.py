@@ -1,0 +1,207 @@
+"""What are the routed experts of a transformers checkpoint, one at a time?
+
+The source that `store.convert` reads: headers at once, weights expert by expert, everything else
+as bytes. Invariants: nothing of the checkpoint is executed; all files and all expert tensors are
+checked before the first weight is read; one expert's weights at a time are in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fate_moe.errors import FormatError, ModelError
+from fate_moe.models.expert_index import ExpertIndex, ExpertLayer, index_experts
+from fate_moe.models.load import read_skeleton
+from fate_moe.models.shards import FLOATS, Shards, file_digest, read_json
+from fate_moe.quant.codec import encode
+from fate_moe.quant.record import BiasSpec, MatrixSpec, RecordLayout, choose_group
+from fate_moe.store.convert import SourceLayer, SourceTensor
+from fate_moe.store.format import Source, is_store
+from fate_moe.store.header import ITEM_BYTES
+from fate_moe.types import ExpertKey
+
+MAX_CONFIG_COUNT = 1 << 16  # layers or experts in a config: building the skeleton takes as long
+
+
+def open_checkpoint(
+    folder: Path, *, group: int = 64, source_id: str | None = None, revision: str | None = None
+) -> CheckpointSource:
+    """Open a transformers folder (config.json and safetensors) as a source of experts.
+
+    Args:
+        folder: the checkpoint.
+        group: preferred quantization group, 64 or 32; 32 where 64 does not divide.
+        source_id: what to call the model, such as its hub id; the folder's name if None.
+        revision: hub commit, if known.
+    Raises:
+        ModelError: no MoE, an unsupported family, an already quantized checkpoint, a missing
+            shard or expert tensor.
+        FormatError: a file breaks its format.
+    Memory: headers only; no weight is read.
+    """
+    family = _check_config(folder)
+    shards = Shards(folder)
+    index = index_experts(_skeleton(folder, family), family, shards)
+    files = {"config.json": file_digest(folder / "config.json"), **shards.digests}
+    name = source_id or folder.resolve().name
+    return CheckpointSource(folder, Source(name, revision, files), shards, index, group)
+
+
+class CheckpointSource:
+    """A checkpoint as an `ExpertSource`: records of experts, and the rest as it is.
+
+    Close it when done, or use it in a `with` statement.
+    """
+
+    def __init__(
+        self, folder: Path, source: Source, shards: Shards, index: ExpertIndex, group: int
+    ) -> None:
+        self.folder = folder
+        self.source = source
+        self.expert_layers = index.layers
+        self.layouts = tuple(record_layout(layer, group) for layer in index.layers)
+        self._resident_keys = index.resident_keys
+        self._shards = shards
+        self._group = group
+
+    @property
+    def dtype(self) -> str:
+        """Dtype of the experts, such as "bfloat16"."""
+        part = next(iter(self.expert_layers[0].parts.values()))[0]
+        return str(FLOATS[self._shards.tensors[part.key].entry.dtype]).removeprefix("torch.")
+
+    @property
+    def quantization(self) -> Mapping[str, object]:
+        """What decides a record beside its weights."""
+        return {"bits": RecordLayout.bits, "group": self._group}
+
+    @cached_property
+    def layers(self) -> tuple[SourceLayer, ...]:
+        """MoE layers in model order."""
+        return tuple(
+            SourceLayer(
+                path=layer.path,
+                num_experts=layer.num_experts,
+                record_bytes=layout.record_bytes,
+                head_bytes=layout.head_bytes,
+                transposed=layer.transposed,
+                params=layer.params,
+                layout=layout.to_json(),
+            )
+            for layer, layout in zip(self.expert_layers, self.layouts, strict=True)
+        )
+
+    @cached_property
+    def resident(self) -> tuple[SourceTensor, ...]:
+        """Everything that is no routed expert; wide dtypes first, so that all are aligned."""
+        entries = [self._shards.tensors[key].entry for key in self._resident_keys]
+        entries.sort(key=lambda entry: (-ITEM_BYTES[entry.dtype], entry.name))
+        return tuple(SourceTensor(entry.name, entry.dtype, entry.shape) for entry in entries)
+
+    def expert(self, key: ExpertKey) -> dict[str, Tensor]:
+        """Read one expert: parameter name -> matrix [out, in] or bias [out], source dtype.
+
+        Raises:
+            FormatError: a shard ends too early or cannot be read.
+        """
+        layer = self.expert_layers[key.layer]
+        return {name: self._parameter(layer, name, key.expert) for name in layer.params}
+
+    def record(self, key: ExpertKey) -> memoryview:
+        """Read and quantize one expert; uint8 [record_bytes].
+
+        Raises:
+            ModelError: the weights cannot be quantized (NaN, infinity).
+            FormatError: a shard ends too early or cannot be read.
+        """
+        where = f"{self.expert_layers[key.layer].path}, expert {key.expert}"
+        record = encode(self.layouts[key.layer], self.expert(key), where=where)
+        return memoryview(record.numpy().data)
+
+    def read_resident(self, name: str) -> Iterator[memoryview]:
+        """Yield the bytes of one resident tensor in pieces of at most 8 MiB."""
+        return self._shards.pieces(name)
+
+    def close(self) -> None:
+        """Close the shard files."""
+        self._shards.close()
+
+    def __enter__(self) -> CheckpointSource:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _parameter(self, layer: ExpertLayer, name: str, expert: int) -> Tensor:
+        tensors = []
+        for part in layer.parts[name, expert]:
+            tensor = self._shards.load(part.key, expert if part.is_fused else None)
+            tensors.append(tensor.mT if part.is_flipped else tensor)
+        joined = tensors[0] if len(tensors) == 1 else torch.cat(tensors, 0)
+        return joined.mT if layer.transposed and joined.dim() == 2 else joined
+
+
+def record_layout(layer: ExpertLayer, group: int) -> RecordLayout:
+    """Lay out one expert of a layer; matrices as [out, in] whatever the model's orientation.
+
+    Raises:
+        ModelError: no group size divides a matrix's inputs.
+    """
+    matrices, biases = [], []
+    for name, (_, *shape) in layer.params.items():
+        if len(shape) == 1:
+            biases.append(BiasSpec(name, shape[0]))
+            continue
+        rows, cols = reversed(shape) if layer.transposed else shape
+        where = f"{layer.path}.{name}"
+        matrices.append(MatrixSpec(name, rows, cols, choose_group(where, cols, group)))
+    return RecordLayout(tuple(matrices), tuple(biases))
+
+
+def _skeleton(folder: Path, family: str) -> nn.Module:
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    refusals = (
+        StrictDataclassError, TypeError, AttributeError, RuntimeError, ArithmeticError, LookupError,
+    )  # fmt: skip
+    # A family that transformers knows has local code: nothing ever asks to run the repository's.
+    if family not in CONFIG_MAPPING:
+        raise ModelError(f"{folder}: model_type {family!r:.80} is unknown to transformers")
+    try:
+        return read_skeleton(folder).module
+    except refusals as error:
+        why = " ".join(str(error).split())[:200]
+        raise ModelError(f"{folder}: transformers refuses config.json: {why}") from error
+
+
+def _check_config(folder: Path) -> str:
+    """Check the untrusted config before transformers sees it; return the family."""
+    if is_store(folder):
+        raise ModelError(f"{folder}: is already a store")
+    fields = read_json(folder / "config.json")
+    for part in (fields, *(value for value in fields.values() if isinstance(value, dict))):
+        _check_unquantized(folder, part.get("quantization_config"))
+        for name, value in part.items():
+            is_count = "layers" in name or "experts" in name
+            if is_count and isinstance(value, int) and abs(value) > MAX_CONFIG_COUNT:
+                raise FormatError(f"{folder / 'config.json'}: {name} is {value}")
+    family = fields.get("model_type")
+    if not isinstance(family, str):
+        raise ModelError(f"{folder / 'config.json'}: model_type is {family!r:.80}")
+    return family
+
+
+def _check_unquantized(folder: Path, quantization: object) -> None:
+    if quantization is None:
+        return
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    raise ModelError(
+        f"{folder}: the checkpoint is already quantized ({method or 'unknown method'}): "
+        "not supported yet; use the bf16 checkpoint"
+    )

@@ -1,0 +1,240 @@
+"""Which checkpoint tensors make up each routed expert?
+
+Maps every checkpoint key with transformers' own conversion mapping to the parameter it loads into,
+so that no family needs code here. The only user of that mapping.
+
+Invariants: every parameter of every expert of every MoE layer has its tensors, with the right
+shapes and dtypes, or ModelError names the missing one; a conversion we do not know is an error
+and never a guess. No weight is read.
+Source: transformers 5.23, core_model_loading.py (`rename_source_key`, `WeightConverter`).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from fate_moe.errors import ModelError
+from fate_moe.models.seam import find_experts
+from fate_moe.models.shards import FLOATS, Shards
+
+_EXPERT_IN_KEY = re.compile(r"experts\.(\d+)\.")
+_KNOWN_OPERATIONS = {"MergeModulelist", "Concatenate", "Transpose"}
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One checkpoint tensor that is an expert parameter, or a run of its rows.
+
+    Attributes:
+        key: tensor name in the checkpoint.
+        is_fused: the tensor holds all experts along its first dimension.
+        is_flipped: its last two dimensions are swapped with respect to the model's parameter.
+    """
+
+    key: str
+    is_fused: bool
+    is_flipped: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertLayer:
+    """The experts module of one MoE layer.
+
+    Attributes:
+        path: module path.
+        num_experts: E.
+        transposed: the module keeps its matrices as [in, out].
+        params: parameter name -> shape in the module, first size E.
+        parts: (parameter name, expert) -> its tensors, in the order they are joined.
+    """
+
+    path: str
+    num_experts: int
+    transposed: bool
+    params: Mapping[str, tuple[int, ...]]
+    parts: Mapping[tuple[str, int], tuple[Part, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertIndex:
+    """All MoE layers in model order, and the keys of everything else."""
+
+    layers: tuple[ExpertLayer, ...]
+    resident_keys: tuple[str, ...]
+
+
+def index_experts(skeleton: nn.Module, family: str, shards: Shards) -> ExpertIndex:
+    """Sort a checkpoint's tensors into routed experts and the rest.
+
+    Args:
+        skeleton: the model on the meta device, experts included.
+        family: its model_type, for messages.
+        shards: the checkpoint.
+    Raises:
+        ModelError: no MoE, an unsupported family, or a missing or unusable expert tensor.
+    """
+    modules = experts_of(skeleton, family)
+    params = {path: _params(path, module) for path, module in modules.items()}
+    found: dict[tuple[str, str], list[_Found]] = {}
+    resident: list[str] = []
+    names = _Names(skeleton)
+    # The library's order: some renamings look at what came before.
+    for key in sorted(shards.tensors, key=_natural):
+        target, order, count, flip = names.target(key)
+        path, _, name = target.rpartition(".")
+        if name in params.get(path, ()):
+            match = _EXPERT_IN_KEY.search(key)
+            expert = int(match.group(1)) if match else None
+            found.setdefault((path, name), []).append(_Found(key, expert, order, count, flip))
+        elif not names.is_ignored(target):
+            resident.append(key)
+    layers = []
+    for path, module in modules.items():
+        parts: dict[tuple[str, int], tuple[Part, ...]] = {}
+        for name, shape in params[path].items():
+            for expert, joined in enumerate(_join(found.get((path, name), []), shape[0])):
+                where = f"{path}.{name}, expert {expert}"
+                parts[name, expert] = _check_parts(where, joined, shape, shards)
+        num_experts = next(iter(params[path].values()))[0]
+        transposed = bool(getattr(module, "is_transposed", False))
+        layers.append(ExpertLayer(path, num_experts, transposed, params[path], parts))
+    return ExpertIndex(tuple(layers), tuple(resident))
+
+
+def experts_of(skeleton: nn.Module, family: str) -> dict[str, nn.Module]:
+    """Find the experts modules by path, in model order.
+
+    Raises:
+        ModelError: there are none; says whether the family is no MoE or lies outside of
+            transformers' experts interface.
+    """
+    found = find_experts(skeleton)
+    if found:
+        return found
+    names = (path.rpartition(".")[2] for path, _ in skeleton.named_modules())
+    if any("expert" in name or "moe" in name for name in names):
+        raise ModelError(
+            f"{family} is an MoE, but not one that uses transformers' experts interface: "
+            "not supported"
+        )
+    raise ModelError(f"{family} is not a Mixture-of-Experts model: it has no routed experts")
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A checkpoint tensor of one expert parameter: its place `order` among `count` joined ones."""
+
+    key: str
+    expert: int | None  # None: fused, all experts
+    order: int
+    count: int
+    flip: str | None  # None, "always", or "by shape"
+
+
+class _Names:
+    """Maps checkpoint keys to parameter names."""
+
+    def __init__(self, skeleton: Any) -> None:
+        # Heavy, and only conversion needs it.
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import (
+            WeightConverter,
+            WeightRenaming,
+            rename_source_key,
+        )
+
+        conversions = get_model_conversion_mapping(skeleton)
+        self._rename = rename_source_key
+        self._renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+        self._converters = [c for c in conversions if isinstance(c, WeightConverter)]
+        self._prefix = skeleton.base_model_prefix
+        self._meta = skeleton.state_dict()
+        patterns = getattr(skeleton, "_keys_to_ignore_on_load_unexpected", None) or ()
+        self._ignored = [re.compile(pattern) for pattern in patterns]
+
+    def is_ignored(self, target: str) -> bool:
+        """Whether the model never loads this key, such as the layers of an MTP head."""
+        return target not in self._meta and any(p.search(target) for p in self._ignored)
+
+    def target(self, key: str) -> tuple[str, int, int, str | None]:
+        """Return parameter name, place among the joined tensors, their number, and the flip.
+
+        Raises:
+            ModelError: the mapping transforms the tensor in a way we do not know.
+        """
+        target, pattern = self._rename(
+            key, self._renamings, self._converters, self._prefix, self._meta
+        )
+        if pattern is None:
+            return target, 0, 1, None
+        converter = next(c for c in self._converters if pattern in c.source_patterns)
+        flip = None
+        for operation in converter.operations:
+            kind = type(operation).__name__
+            if "experts" in target and kind not in _KNOWN_OPERATIONS:
+                raise ModelError(f"{key}: transformers converts it by {kind}: not supported yet")
+            if kind == "Transpose":
+                flip = "by shape" if operation.check_dims else "always"
+        return (
+            target,
+            converter.source_patterns.index(pattern),
+            len(converter.source_patterns),
+            flip,
+        )
+
+
+def _params(path: str, module: nn.Module) -> dict[str, tuple[int, ...]]:
+    shapes = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
+    if not shapes or any(not 2 <= len(shape) <= 3 for shape in shapes.values()):
+        raise ModelError(f"{path}: unknown expert parameters {shapes}: not supported yet")
+    return shapes
+
+
+def _join(found: list[_Found], num_experts: int) -> list[list[_Found]]:
+    """Collect the tensors of each expert, in joining order."""
+    by_expert: list[list[_Found]] = [[] for _ in range(num_experts)]
+    for item in sorted(found, key=lambda item: item.order):
+        for expert in range(num_experts) if item.expert is None else (item.expert,):
+            if expert >= num_experts:
+                raise ModelError(f"{item.key}: the config has only {num_experts} experts")
+            by_expert[expert].append(item)
+    return by_expert
+
+
+def _check_parts(
+    where: str, found: list[_Found], param: tuple[int, ...], shards: Shards
+) -> tuple[Part, ...]:
+    """Check that the tensors of one expert's parameter join to its shape."""
+    if not found or [item.order for item in found] != list(range(found[0].count)):
+        have = ", ".join(item.key for item in found) or "none"
+        raise ModelError(f"{where}: tensors are missing in the checkpoint, found: {have}")
+    parts, rows = [], 0
+    for item in found:
+        entry = shards.tensors[item.key].entry
+        shape = entry.shape
+        if item.expert is None:
+            if shape[:1] != param[:1]:
+                raise ModelError(f"{item.key}: holds {shape[:1]} experts, need {param[0]}")
+            shape = shape[1:]
+        flip = item.flip == "always" or (item.flip == "by shape" and shape != param[1:])
+        shape = shape[::-1] if flip else shape
+        if entry.dtype not in FLOATS:
+            raise ModelError(f"{item.key}: is {entry.dtype}, need one of {', '.join(FLOATS)}")
+        if len(shape) != len(param) - 1 or shape[1:] != param[2:]:
+            raise ModelError(f"{item.key}: shape {shape} does not fit {where} {param[1:]}")
+        rows += shape[0]
+        parts.append(Part(item.key, item.expert is None, flip))
+    if rows != param[1]:
+        raise ModelError(f"{where}: {rows} rows in the checkpoint, the model has {param[1]}")
+    return tuple(parts)
+
+
+def _natural(key: str) -> list[tuple[float, str]]:
+    """Sort key that counts: layer 2 before layer 10, numbers before words."""
+    return [(int(p), "") if p.isdecimal() else (math.inf, p) for p in key.split(".")]

@@ -1,0 +1,168 @@
+"""Which safetensors files make up a checkpoint, and how is a piece of one tensor read?
+
+Reads by position, never by mapping: a file that is cut short under us is an error message and not
+a SIGBUS. Knows no model. Invariants: sizes and headers of all shards are checked before a tensor
+is read; a key lies in exactly one shard.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from fate_moe.errors import FormatError, ModelError
+from fate_moe.store.header import TensorEntry, load_json, read_header
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+MAX_JSON_BYTES = 1 << 27
+FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+_PIECE_BYTES = 8 << 20
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}\.safetensors")
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """One checkpoint tensor and the file it lies in."""
+
+    path: Path
+    entry: TensorEntry
+
+
+class Shards:
+    """The tensors of a checkpoint folder: one `model.safetensors`, or an index and its shards.
+
+    Raises:
+        ModelError: there are no safetensors, or a shard or a tensor of the index is missing.
+        FormatError: a file breaks its format.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.tensors: dict[str, Located] = {}
+        self.digests: dict[str, str] = {}
+        self._open_files: dict[Path, BinaryIO] = {}
+        promised = _weight_map(folder)
+        for name in sorted(set(promised.values())):
+            self._add(folder / name)
+        for key, name in promised.items():
+            if key and (key not in self.tensors or self.tensors[key].path.name != name):
+                raise ModelError(f"{folder / name}: tensor {key[:200]!r} of the index is missing")
+
+    def close(self) -> None:
+        """Close the shard files; a later read opens them again."""
+        for file in self._open_files.values():
+            file.close()
+        self._open_files.clear()
+
+    def load(self, name: str, expert: int | None = None) -> Tensor:
+        """Read a float tensor, or the part `expert` of its first dimension.
+
+        Raises:
+            ModelError: the tensor is not bf16, fp16 or fp32.
+            FormatError: the file ends too early.
+        """
+        found = self.tensors[name]
+        entry, shape, offset = found.entry, found.entry.shape, found.entry.offset
+        dtype = FLOATS.get(entry.dtype)
+        if dtype is None:
+            raise ModelError(f"{found.path}: {name} is {entry.dtype}, need one of {list(FLOATS)}")
+        size = entry.nbytes
+        if expert is not None:
+            size //= shape[0]
+            offset += expert * size
+            shape = shape[1:]
+        data = bytearray(size)
+        self._read_into(found.path, offset, memoryview(data))
+        return torch.frombuffer(data, dtype=dtype).view(shape)
+
+    def pieces(self, name: str) -> Iterator[memoryview]:
+        """Yield the bytes of a tensor of any dtype in pieces of at most 8 MiB.
+
+        Raises:
+            FormatError: the file ends too early.
+        """
+        found = self.tensors[name]
+        offset, left = found.entry.offset, found.entry.nbytes
+        buffer = memoryview(bytearray(min(left, _PIECE_BYTES)))
+        while left:
+            piece = buffer[: min(left, _PIECE_BYTES)]
+            self._read_into(found.path, offset, piece)
+            yield piece
+            offset += len(piece)
+            left -= len(piece)
+
+    def _add(self, path: Path) -> None:
+        if not path.is_file():
+            raise ModelError(f"{path}: shard is missing; is the download complete?")
+        header = read_header(path)
+        self.digests[path.name] = header.digest
+        for name, entry in header.tensors.items():
+            if name in self.tensors:
+                raise FormatError(f"{path}: tensor {name!r:.200} is also in another shard")
+            self.tensors[name] = Located(path, entry)
+
+    def _read_into(self, path: Path, offset: int, target: memoryview) -> None:
+        try:
+            file = self._open_files.get(path)
+            if file is None:
+                file = self._open_files[path] = path.open("rb", buffering=0)
+            file.seek(offset)
+            done = 0
+            while done < len(target):
+                count = file.readinto(target[done:])  # type: ignore[attr-defined]
+                if not count:
+                    raise FormatError(f"{path}: ends at {offset + done}; it changed while we read")
+                done += count
+        except OSError as error:
+            raise FormatError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """Read a JSON object of bounded size from an untrusted file.
+
+    Raises:
+        ModelError: the file is missing.
+        FormatError: it is no JSON object, or too large.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_JSON_BYTES + 1)
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror or error}") from error
+    if len(data) > MAX_JSON_BYTES:
+        raise FormatError(f"{path}: larger than {MAX_JSON_BYTES} bytes")
+    fields = load_json(data, str(path))
+    if not isinstance(fields, dict):
+        raise FormatError(f"{path}: not a JSON object")
+    return fields
+
+
+def file_digest(path: Path) -> str:
+    """blake2b-128 of a small file."""
+    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+
+
+def _weight_map(folder: Path) -> Mapping[str, str]:
+    """Tensor name -> shard file name; the empty name stands for "all of it"."""
+    if (folder / SINGLE_FILE).is_file():
+        return {"": SINGLE_FILE}
+    index = folder / INDEX_FILE
+    if not index.is_file():
+        raise ModelError(
+            f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE}; only safetensors are read"
+        )
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise FormatError(f"{index}: weight_map must be an object with entries")
+    for name in weight_map.values():
+        if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
+            raise FormatError(f"{index}: weight_map names {name!r:.80}, no plain safetensors file")
+    return weight_map

@@ -1,0 +1,46 @@
+"""Where do the four stages meet?
+
+One `MoELayer` per MoE layer of the model: predict, prefetch, cache (behind the lease) and compute,
+in five lines. Knows no family, no file format and no policy.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fate_moe.compute import EagerExperts
+from fate_moe.predict import Predictor
+from fate_moe.prefetch.mover import Mover
+from fate_moe.types import Phase, Prediction
+
+
+class MoELayer:
+    """The routed experts of one layer, as the model calls them."""
+
+    def __init__(
+        self, layer: int, predictor: Predictor, mover: Mover, experts: EagerExperts
+    ) -> None:
+        self.layer = layer
+        self._predictor = predictor
+        self._mover = mover
+        self._experts = experts
+        self._guess: Prediction | None = None
+
+    def before_router(self, gate_input: Tensor) -> None:
+        """Guess the next layer's experts from this layer's gate input, [T, D]."""
+        self._guess = self._predictor.next(self.layer, gate_input)
+
+    def forward(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """Return the routed experts' sum for tokens x [T, D]; ids and weights [T, K]."""
+        phase = Phase.PREFILL if x.shape[0] > 1 else Phase.DECODE
+        with self._mover.lease(self.layer, distinct(topk_ids), phase) as arriving:
+            self._mover.speculate(self._guess)  # after the demand: a guess only gets idle link time
+            return self._experts(x, topk_ids, topk_weights, arriving)
+
+
+def distinct(topk_ids: Tensor) -> list[int]:
+    """Return the distinct experts of [T, K] ids, most tokens first, then ascending id."""
+    experts, tokens = torch.unique(topk_ids, return_counts=True)
+    ranked: list[int] = experts[tokens.argsort(descending=True, stable=True)].tolist()
+    return ranked

@@ -1,0 +1,62 @@
+"""What would the next layer's router say to this layer's gate input?
+
+The paper's predictor: adjacent gate inputs are similar, so router l+1 asked with the gate input of
+layer l already names most of the experts of layer l+1.
+Source: Fate (arXiv 2502.12224), cross-layer gate. Width: the router's top-k, and in decode also
+every expert scored at or above the 75th percentile; in prefill the union over the tokens of the
+top-k, most popular first (FFFzy/Fate_open, the decoder layers' prefill path).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from fate_moe.config import PredictConfig
+from fate_moe.types import Prediction
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fate_moe.predict import Router
+
+
+class CrossLayer:
+    """Ask router l+1 about the gate input of layer l."""
+
+    def __init__(self, routers: Sequence[Router | None], config: PredictConfig) -> None:
+        self._routers = tuple(routers)
+        self._percentile = config.percentile
+        known = [r.num_experts for r in routers if r is not None]
+        self.width = max((self._above_percentile(e) for e in known), default=0)
+
+    def next(self, layer: int, gate_input: Tensor) -> Prediction | None:
+        """Rank the experts of `layer + 1`; None for the last layer or an unaskable router."""
+        router = self._routers[layer + 1] if layer + 1 < len(self._routers) else None
+        if router is None:
+            return None
+        scores, topk_ids = router(gate_input)  # [T, E], [T, K]
+        if topk_ids.shape[0] == 1:
+            return self._one_token(layer + 1, scores[0], topk_ids[0], router.num_experts)
+        votes = torch.bincount(topk_ids.flatten(), minlength=router.num_experts)  # [E]
+        ranked = votes.argsort(descending=True, stable=True)
+        core = int((votes > 0).sum())
+        return Prediction(layer + 1, tuple(ranked[:core].tolist()), core)
+
+    def _one_token(self, layer: int, scores: Tensor, ids: Tensor, num_experts: int) -> Prediction:
+        core: list[int] = ids.tolist()
+        # The router's own choice comes first: it may follow rules (groups, correction biases)
+        # that the bare scores do not show.
+        width = self._above_percentile(num_experts)
+        by_score = scores.topk(min(num_experts, width + len(core))).indices.tolist()
+        chosen = set(core)
+        extra = [e for e in by_score[:width] if e not in chosen]
+        return Prediction(layer, (*core, *extra), len(core))
+
+    def _above_percentile(self, num_experts: int) -> int:
+        # In a full ranking of E scores exactly this many lie at or above the linearly
+        # interpolated percentile, whatever the scores are.
+        return num_experts - math.ceil(self._percentile / 100 * (num_experts - 1))

@@ -1,0 +1,254 @@
+"""What happened, and what does it mean?
+
+Counters that the mover feeds, and the report made from them. Definitions are GLOSSARY.md's: one
+request = one distinct expert of one layer in one forward step. Callers hold the mover's lock.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from fate_moe.config import format_bytes
+from fate_moe.types import Phase
+
+
+@dataclass(slots=True)
+class Counts:
+    """Sums over requests; `saved` = requests served by a guess, resident or in flight.
+
+    `recall_hit / recall_of` is recall at the full width of the guess, `core_hit / recall_of` at
+    the router's own top-k width.
+    """
+
+    requests: int = 0
+    hits: int = 0
+    late: int = 0
+    misses: int = 0
+    saved: int = 0
+    recall_of: int = 0
+    recall_hit: int = 0
+    core_hit: int = 0
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Hits / requests."""
+        return _ratio(self.hits, self.requests)
+
+    @property
+    def recall(self) -> float | None:
+        """|predicted and routed| / |routed| over the layers that were predicted."""
+        return _ratio(self.recall_hit, self.recall_of)
+
+    @property
+    def recall_top_k(self) -> float | None:
+        """Recall when only as many experts are guessed as the router takes."""
+        return _ratio(self.core_hit, self.recall_of)
+
+    def add(self, other: Counts) -> None:
+        """Add another's sums to these."""
+        for name in Counts.__slots__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+
+@dataclass(slots=True)
+class Telemetry:
+    """Everything counted during a run; `reset` starts anew, residents stay."""
+
+    layers: int
+    counts: dict[Phase, list[Counts]] = field(default_factory=dict)
+    guesses: int = 0
+    guesses_used: int = 0
+    guesses_cancelled: int = 0
+    bytes_demand: int = 0
+    bytes_speculated: int = 0
+    bytes_wasted: int = 0
+    bytes_preloaded: int = 0
+    stall_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all counts but the preload."""
+        self.counts = {phase: [Counts() for _ in range(self.layers)] for phase in Phase}
+        self.guesses = self.guesses_used = self.guesses_cancelled = 0
+        self.bytes_demand = self.bytes_speculated = self.bytes_wasted = 0
+        self.stall_s = 0.0
+
+    def total(self, phase: Phase | None = None, layer: int | None = None) -> Counts:
+        """Sum over phases and layers, or over the one named."""
+        whole = Counts()
+        for p, per_layer in self.counts.items():
+            if phase in (None, p):
+                for counts in per_layer if layer is None else [per_layer[layer]]:
+                    whole.add(counts)
+        return whole
+
+
+class LinkMeter:
+    """How fast does the slower tier deliver? Bytes over the time in which a read was under way."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self.busy_s = 0.0
+        self._active = 0
+        self._since = 0.0
+
+    def begin(self, now_s: float) -> None:
+        """A reader starts."""
+        if self._active == 0:
+            self._since = now_s
+        self._active += 1
+
+    def end(self, now_s: float, read_bytes: int) -> None:
+        """A reader is done with `read_bytes`."""
+        self._active -= 1
+        self.bytes += read_bytes
+        if self._active == 0:
+            self.busy_s += now_s - self._since
+
+    @property
+    def bytes_per_s(self) -> float | None:
+        """The measured rate, None before the first read."""
+        return self.bytes / self.busy_s if self.busy_s > 0 else None
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The state of an engine in the words of the contract; see `Engine.report`."""
+
+    mode: str
+    requests: int
+    hits: int
+    late: int
+    misses: int
+    hit_rate: float | None
+    recall: float | None
+    recall_top_k: float | None
+    coverage: float | None
+    accuracy: float | None
+    guesses: int
+    guesses_used: int
+    evictions: int
+    bytes_demand: int
+    bytes_speculated: int
+    bytes_wasted: int
+    bytes_preloaded: int
+    stall_s: float
+    experts_capacity: int
+    experts_total: int
+    working_set: int
+    expert_bytes: int
+    link_bytes_s: float | None
+    budget_bytes: int
+    planned_bytes: int
+    floor_bytes: int
+    peak_rss_bytes: int
+    phases: dict[str, dict[str, object]]
+    per_layer: list[dict[str, object]]
+
+    def __str__(self) -> str:
+        lines = (f"{name:>17}  {value}" for name, value in self.rows())
+        return "\n".join(lines)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Return the lines a person wants to read, as (name, text)."""
+        token_sets = self.experts_capacity / self.working_set
+        link = (
+            "not measured" if self.link_bytes_s is None else f"{format_bytes(self.link_bytes_s)}/s"
+        )
+        return [
+            ("mode", self.mode),
+            (
+                "experts in memory",
+                f"{self.experts_capacity} of {self.experts_total} "
+                f"({format_bytes(self.experts_capacity * self.expert_bytes)}, "
+                f"{token_sets:.1f} token working sets)",
+            ),
+            (
+                "requests",
+                f"{self.requests} = {self.hits} hits + {self.late} late + {self.misses} misses "
+                f"(hit rate {percent(self.hit_rate)})",
+            ),
+            (
+                "prediction",
+                f"recall {percent(self.recall)}, coverage {percent(self.coverage)}, "
+                f"accuracy {percent(self.accuracy)} of {self.guesses} guesses",
+            ),
+            (
+                "bytes moved",
+                f"{format_bytes(self.bytes_demand)} demanded, "
+                f"{format_bytes(self.bytes_speculated)} guessed "
+                f"({format_bytes(self.bytes_wasted)} wasted), link {link}",
+            ),
+            ("stall", f"{self.stall_s:.3f} s"),
+            (
+                "memory",
+                f"peak {format_bytes(self.peak_rss_bytes)} of {format_bytes(self.budget_bytes)} "
+                f"allowed (planned {format_bytes(self.planned_bytes)})",
+            ),
+        ]
+
+
+def percent(share: float | None) -> str:
+    """Write a share for people; None (nothing to divide by) as a dash."""
+    return "-" if share is None else f"{100 * share:.1f} %"
+
+
+def counts_json(counts: Counts) -> dict[str, object]:
+    """Return the counts and rates of one phase or layer, for `--json`."""
+    return {
+        "requests": counts.requests,
+        "hits": counts.hits,
+        "late": counts.late,
+        "misses": counts.misses,
+        "hit_rate": counts.hit_rate,
+        "recall": counts.recall,
+        "recall_top_k": counts.recall_top_k,
+    }
+
+
+def per_layer_json(telemetry: Telemetry, capacities: Sequence[int]) -> list[dict[str, object]]:
+    """Return one row per MoE layer with its capacity and counts, both phases together."""
+    return [
+        {"layer": i, "capacity": c, **counts_json(telemetry.total(layer=i))}
+        for i, c in enumerate(capacities)
+    ]
+
+
+def peak_rss_bytes() -> int:
+    """Return the most memory this process has held so far.
+
+    Linux's VmHWM belongs to the program that runs now; getrusage's figure would include what the
+    parent held before exec.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource  # does not exist on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def rss_bytes() -> int:
+    """Return the memory this process holds now."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def system_available_bytes() -> int:
+    """Return the memory the system could still give to this process."""
+    return int(psutil.virtual_memory().available)
+
+
+def _ratio(part: int, whole: int) -> float | None:
+    return part / whole if whole else None

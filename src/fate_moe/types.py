@@ -1,0 +1,65 @@
+"""Which nouns do all stages share?
+
+The words of GLOSSARY.md as types. Standard library only; every other module may import this one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple, Protocol
+
+
+class ExpertKey(NamedTuple):
+    """One routed expert: MoE layer in [0, L), expert in [0, E)."""
+
+    layer: int
+    expert: int
+
+    def __str__(self) -> str:
+        return f"layer {self.layer}, expert {self.expert}"
+
+
+class Tier(Enum):
+    """Where a copy of an expert lives, slowest first."""
+
+    DISK = "disk"
+    HOST = "host"
+    DEVICE = "device"
+
+
+class Phase(Enum):
+    """Which part of a generation a forward step belongs to."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """The experts a predictor expects one layer to need.
+
+    Attributes:
+        layer: the MoE layer the guess is for, in [0, L).
+        ranked: distinct expert ids, most likely first.
+        core: how many of the first ids the router itself would take (the union over the tokens
+            of its top-k); the rest is the extended width.
+    """
+
+    layer: int
+    ranked: tuple[int, ...]
+    core: int
+
+
+class Progress(Protocol):
+    """Receives how far a long job is; `done` and `total` share one unit (bytes or steps)."""
+
+    def __call__(self, what: str, done: int, total: int) -> None: ...
+
+
+def no_progress(what: str, done: int, total: int) -> None:
+    """Ignore progress; the default of every library call."""
+
+
+Json = Mapping[str, object]

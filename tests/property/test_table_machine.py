@@ -1,0 +1,94 @@
+"""The table of slots as a state machine: any order of events keeps its invariants."""
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from fate_moe.cache import Entry, ExpertTable, make_cache
+from fate_moe.types import ExpertKey
+
+LAYERS, EXPERTS = 3, 6
+keys = st.builds(ExpertKey, st.integers(0, LAYERS - 1), st.integers(0, EXPERTS - 1))
+
+
+class TableMachine(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = ExpertTable([3, 0, 2], 3, lambda c: make_cache("arc", c))
+        self.in_flight: list[Entry] = []
+        self.locked: list[Entry] = []
+
+    def _is_protected(self, entry: Entry) -> bool:
+        return bool(entry.locks) or not entry.resident
+
+    def _chosen_residents(self) -> set[ExpertKey]:
+        return {e.key for e in self.table.entries() if e.used or e.locks}
+
+    @rule(key=keys)
+    def guess(self, key: ExpertKey) -> None:
+        if self.table.get(key) is not None:
+            return
+        chosen = self._chosen_residents()
+        evictions = self.table.evictions
+        entry = self.table.place_guess(key)
+        # A guess evicts neither what the router chose nor what is leased.
+        assert chosen <= {e.key for e in self.table.entries()}
+        assert self.table.evictions == evictions
+        if entry is not None:
+            self.in_flight.append(entry)
+
+    @rule(key=keys)
+    def demand(self, key: ExpertKey) -> None:
+        protected = {e.key for e in self.table.entries() if self._is_protected(e)}
+        entry = self.table.get(key)
+        if entry is None:
+            self.table.note_miss(key)
+            entry = self.table.place_demand(key)
+            if entry is None:
+                return
+            self.in_flight.append(entry)
+            entry.locks += 1
+        else:
+            entry.locks += 1
+            self.table.touch(entry)
+        self.locked.append(entry)
+        assert protected <= {e.key for e in self.table.entries()}
+
+    @precondition(lambda self: self.in_flight)
+    @rule(data=st.data())
+    def land(self, data: st.DataObject) -> None:
+        entry = data.draw(st.sampled_from(self.in_flight))
+        self.in_flight.remove(entry)
+        self.table.landed(entry)
+
+    @precondition(lambda self: self.in_flight)
+    @rule(data=st.data())
+    def fail(self, data: st.DataObject) -> None:
+        entry = data.draw(st.sampled_from(self.in_flight))
+        self.in_flight.remove(entry)
+        self.locked = [e for e in self.locked if e is not entry]
+        self.table.drop(entry)
+
+    @precondition(lambda self: self.locked)
+    @rule(data=st.data())
+    def unlock(self, data: st.DataObject) -> None:
+        entry = data.draw(st.sampled_from(self.locked))
+        self.locked.remove(entry)
+        self.table.unlock(entry)
+
+    @rule(key=keys)
+    def preload(self, key: ExpertKey) -> None:
+        if self.table.get(key) is None:
+            entry = self.table.place_resident(key)
+            if entry is not None:
+                self.in_flight.append(entry)
+
+    @invariant()
+    def holds(self) -> None:
+        self.table.check()
+        for entry in self.locked:
+            assert self.table.get(entry.key) is entry
+
+
+TestTable = TableMachine.TestCase
+TestTable.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)

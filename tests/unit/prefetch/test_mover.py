@@ -1,0 +1,237 @@
+"""The mover fills slots, counts honestly, and survives failures."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+
+from fate_moe.cache import ExpertTable, make_cache
+from fate_moe.errors import CacheError, ReadError
+from fate_moe.prefetch.mover import Mover
+from fate_moe.types import ExpertKey, Phase, Prediction
+from tests.fakes import FakeReader
+
+RECORD = 4096
+
+
+class Bench:
+    """A mover over plain memory; slots can be looked at."""
+
+    def __init__(self, capacities: Sequence[int], spare: int, window: int | None = 99) -> None:
+        self.reader = FakeReader()
+        self.memory = bytearray(RECORD * (sum(capacities) + spare))
+        table = ExpertTable(capacities, spare, lambda c: make_cache("lru", c))
+        self.mover = Mover(
+            table, self.reader, self.view, [RECORD] * len(capacities), io_threads=2, window=window
+        )
+
+    def view(self, slot: int) -> memoryview:
+        return memoryview(self.memory)[slot * RECORD : (slot + 1) * RECORD]
+
+    def use(self, layer: int, experts: Sequence[int], guess: Prediction | None = None) -> list[int]:
+        """Run one layer's turn; check every slot's bytes; return the order of arrival."""
+        order = []
+        with self.mover.lease(layer, experts, Phase.DECODE) as arriving:
+            self.mover.speculate(guess)
+            for expert, slot in arriving:
+                assert set(self.view(slot)) == {10 * layer + expert}
+                order.append(expert)
+        self.mover.table.check()
+        return order
+
+    def settle(self) -> None:
+        """Wait until no read is queued or in flight."""
+        deadline = time.monotonic() + 5
+        while any(not e.resident for e in self.mover.table.entries()):
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+
+
+@pytest.fixture
+def bench() -> Iterator[Callable[..., Bench]]:
+    made: list[Bench] = []
+
+    def make(*args: object, **kwargs: object) -> Bench:
+        made.append(Bench(*args, **kwargs))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.reader.gate.set()
+        one.mover.close()
+
+
+def guess(layer: int, *experts: int) -> Prediction:
+    return Prediction(layer, experts, len(experts))
+
+
+def test_a_miss_is_read_and_then_hits(bench: Callable[..., Bench]) -> None:
+    b = bench([2], 1)
+    assert sorted(b.use(0, [3, 5])) == [3, 5]
+    assert b.use(0, [5, 3]) == [5, 3]
+    counts = b.mover.telemetry.total()
+    assert (counts.requests, counts.hits, counts.late, counts.misses) == (4, 2, 0, 2)
+    assert b.mover.telemetry.bytes_demand == 2 * RECORD
+    assert sorted(b.reader.reads) == [(0, 3), (0, 5)]
+
+
+def test_residents_come_before_what_must_be_read(bench: Callable[..., Bench]) -> None:
+    b = bench([3], 0)
+    b.use(0, [7])
+    assert b.use(0, [1, 7])[0] == 7
+
+
+@pytest.mark.parametrize(("capacities", "spare"), [([1], 0), ([0], 1), ([0], 2), ([1], 1)])
+def test_fewer_slots_than_experts_still_serve_them_all(
+    bench: Callable[..., Bench], capacities: list[int], spare: int
+) -> None:
+    b = bench(capacities, spare)
+    for _ in range(3):
+        assert sorted(b.use(0, [0, 1, 2, 3, 4])) == [0, 1, 2, 3, 4]
+    assert b.mover.telemetry.total().requests == 15
+
+
+def test_a_good_guess_turns_a_miss_into_a_hit(bench: Callable[..., Bench]) -> None:
+    b = bench([1, 1], 2)
+    b.use(0, [0], guess(1, 4, 5))
+    b.settle()
+    b.use(1, [4])
+    counts = b.mover.telemetry.total(layer=1)
+    assert (counts.hits, counts.misses, counts.saved) == (1, 0, 1)
+    assert (counts.recall_of, counts.recall_hit) == (1, 1)
+    t = b.mover.telemetry
+    assert (t.guesses, t.guesses_used, t.bytes_speculated) == (2, 1, 2 * RECORD)
+
+
+def test_a_guess_in_flight_counts_as_late(bench: Callable[..., Bench]) -> None:
+    b = bench([1, 1], 2)
+    b.use(0, [0])
+    b.reader.gate.clear()
+    b.mover.speculate(guess(1, 4))
+    lease = b.mover.lease(1, [4], Phase.DECODE)
+    b.reader.gate.set()
+    with lease as arriving:
+        assert [expert for expert, _ in arriving] == [4]
+    counts = b.mover.telemetry.total(layer=1)
+    assert (counts.hits, counts.late, counts.misses) == (0, 1, 0)
+
+
+def test_stale_guesses_are_cancelled_before_they_cost_a_byte(bench: Callable[..., Bench]) -> None:
+    b = bench([1, 1], 6)
+    b.use(0, [0])
+    b.reader.gate.clear()
+    b.mover.speculate(guess(1, 1, 2, 3, 4, 5))
+    time.sleep(0.05)  # both readers hold one guess each now
+    lease = b.mover.lease(1, [5], Phase.DECODE)
+    b.reader.gate.set()
+    with lease as arriving:
+        assert [expert for expert, _ in arriving] == [5]
+    b.settle()
+    assert {k.expert for k in b.reader.reads if k.layer == 1} == {1, 2, 5}
+    t = b.mover.telemetry
+    assert (t.guesses, t.guesses_cancelled, t.bytes_speculated) == (3, 2, 3 * RECORD)
+
+
+def test_a_guess_never_evicts_what_the_router_chose(bench: Callable[..., Bench]) -> None:
+    b = bench([2, 2], 1)
+    b.use(0, [0, 1])
+    b.use(1, [0, 1])
+    for expert in (2, 3, 4, 5):
+        b.mover.speculate(guess(1, expert))
+        b.settle()
+    b.use(0, [0, 1])
+    b.use(1, [0, 1])
+    assert b.mover.telemetry.total().misses == 4
+
+
+def test_unused_guesses_are_wasted_bytes(bench: Callable[..., Bench]) -> None:
+    b = bench([1, 1, 1], 1)
+    b.use(0, [0], guess(1, 3))
+    b.settle()
+    b.use(1, [5], guess(2, 3))
+    b.settle()
+    assert b.mover.telemetry.bytes_wasted == RECORD
+
+
+def test_the_window_caps_the_guesses_of_a_layer(bench: Callable[..., Bench]) -> None:
+    b = bench([1, 1], 4, window=1)
+    b.use(0, [0], guess(1, 1, 2, 3))
+    assert b.mover.telemetry.guesses == 1
+    closed = bench([1, 1], 4, window=0)
+    closed.use(0, [0], guess(1, 1, 2, 3))
+    assert closed.mover.telemetry.guesses == 0
+
+
+def test_a_failed_read_fails_its_request_only(bench: Callable[..., Bench]) -> None:
+    b = bench([2], 1)
+    b.use(0, [0])
+    b.reader.fail = lambda key: key.expert == 3
+    with pytest.raises(ReadError, match=r"layer 0, expert 3: fake at offset 12288.*errno 5"):
+        b.use(0, [0, 3, 4, 5])
+    b.reader.fail = lambda key: False
+    assert sorted(b.use(0, [3, 4])) == [3, 4]
+    assert all(e.locks == 0 for e in b.mover.table.entries())
+
+
+def test_a_failed_guess_is_forgotten(bench: Callable[..., Bench]) -> None:
+    b = bench([1, 1], 1)
+    b.reader.fail = lambda key: key.layer == 1
+    b.use(0, [0], guess(1, 3))
+    b.settle()
+    b.reader.fail = lambda key: False
+    assert b.use(1, [3]) == [3]
+
+
+def test_an_error_inside_the_lease_releases_every_lock(bench: Callable[..., Bench]) -> None:
+    b = bench([2], 1)
+
+    def fail_at_the_first(experts: list[int]) -> None:
+        with b.mover.lease(0, experts, Phase.DECODE) as arriving:
+            for _ in arriving:
+                raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_at_the_first([1, 2, 3])
+    b.settle()
+    assert all(e.locks == 0 for e in b.mover.table.entries())
+    assert sorted(b.use(0, [1, 2, 3])) == [1, 2, 3]
+
+
+def test_preload_fills_regions_and_counts_apart(bench: Callable[..., Bench]) -> None:
+    b = bench([2, 1], 1)
+    ticks: list[int] = []
+    b.mover.preload([ExpertKey(0, 0), ExpertKey(0, 1), ExpertKey(0, 2)], ticks.append)
+    assert ticks[-1] == 2
+    assert b.use(0, [0, 1]) == [0, 1]
+    assert b.mover.telemetry.total().hits == 2
+    assert b.mover.telemetry.bytes_preloaded == 2 * RECORD
+    assert b.mover.telemetry.bytes_demand == 0
+
+
+def test_preload_reports_a_failed_read(bench: Callable[..., Bench]) -> None:
+    b = bench([2], 0)
+    b.reader.fail = lambda key: key.expert == 1
+    with pytest.raises(ReadError, match="expert 1"):
+        b.mover.preload([ExpertKey(0, 0), ExpertKey(0, 1)], lambda done: None)
+
+
+def test_waiting_is_booked_as_stall(bench: Callable[..., Bench]) -> None:
+    b = bench([1], 1)
+    b.reader.gate.clear()
+    lease = b.mover.lease(0, [1], Phase.DECODE)
+    threading.Timer(0.05, b.reader.gate.set).start()
+    with lease as arriving:
+        list(arriving)
+    assert b.mover.telemetry.stall_s >= 0.04
+    before = b.mover.telemetry.stall_s
+    b.use(0, [1])
+    assert b.mover.telemetry.stall_s == before
+
+
+def test_a_closed_mover_says_so(bench: Callable[..., Bench]) -> None:
+    b = bench([1], 1)
+    b.mover.close()
+    b.mover.close()
+    with pytest.raises(CacheError, match="closed"):
+        b.mover.lease(0, [1], Phase.DECODE)

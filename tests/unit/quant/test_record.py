@@ -1,0 +1,103 @@
+"""Does a record layout place its sections as documented, and refuse a hostile description?"""
+
+import json
+
+import pytest
+
+from fate_moe.errors import FormatError, ModelError
+from fate_moe.quant.record import BiasSpec, MatrixSpec, RecordLayout, choose_group
+
+LAYOUT = RecordLayout(
+    (MatrixSpec("gate_up_proj", 64, 576, 64), MatrixSpec("down_proj", 576, 32, 32)),
+    (BiasSpec("gate_up_proj_bias", 64),),
+)
+
+
+def sections(layout: RecordLayout) -> list[tuple[int, int]]:
+    """Every section as (start, size), in documented order."""
+    pairs = list(zip(layout.matrices, layout.offsets, strict=True))
+    found = [
+        place for m, at in pairs for place in ((at.scale, m.meta_bytes), (at.zero, m.meta_bytes))
+    ]
+    found += [
+        (start, 4 * b.size) for b, start in zip(layout.biases, layout.bias_offsets, strict=True)
+    ]
+    found += [(at.high, m.plane_bytes) for m, at in pairs]
+    return found + [(at.low, m.plane_bytes) for m, at in pairs]
+
+
+def test_sections_follow_each_other_aligned_and_disjoint() -> None:
+    end = 0
+    for start, size in sections(LAYOUT):
+        assert start % 64 == 0
+        assert end <= start < end + 64
+        end = start + size
+    assert 0 <= LAYOUT.record_bytes - end < 4096 + 64
+    assert LAYOUT.record_bytes % 4096 == 0
+
+
+def test_the_head_ends_where_the_low_plane_starts() -> None:
+    assert LAYOUT.head_bytes == LAYOUT.offsets[0].low
+    assert LAYOUT.head_bytes % 64 == 0
+
+
+def test_sizes_of_a_known_layout() -> None:
+    plain = RecordLayout(LAYOUT.matrices)
+    # 2 * (64*9 + 576) fp16 scales and zeros, two planes of a quarter byte per weight
+    assert plain.head_bytes == 4 * (64 * 9 + 576) + (64 * 576 + 576 * 32) // 4
+    assert plain.record_bytes == 32768
+    assert plain.bits == 4
+
+
+def test_json_round_trip() -> None:
+    assert RecordLayout.from_json(json.loads(json.dumps(LAYOUT.to_json()))) == LAYOUT
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("bits",), 2),
+        (("bits",), True),
+        (("matrices",), []),
+        (("matrices",), "gate"),
+        (("matrices",), [{"name": "a", "rows": 1, "cols": 64, "group": 64}] * 2),
+        (("matrices",), [{"name": "a", "rows": 1, "cols": 64, "group": 64}] * 17),
+        (("matrices", 0, "rows"), 0),
+        (("matrices", 0, "rows"), -64),
+        (("matrices", 0, "rows"), 64.0),
+        (("matrices", 0, "rows"), 1 << 60),
+        (("matrices", 0, "cols"), 577),
+        (("matrices", 0, "group"), 16),
+        (("matrices", 0, "name"), "../weight"),
+        (("matrices", 0, "name"), None),
+        (("matrices", 0, "extra"), 1),
+        (("biases", 0, "size"), False),
+        (("biases", 0, "name"), "down_proj"),
+        (("biases",), None),
+        (("extra",), 1),
+    ],
+)
+def test_a_bad_field_is_a_format_error(path: tuple[str | int, ...], value: object) -> None:
+    data = LAYOUT.to_json()
+    place: object = data
+    for step in path[:-1]:
+        place = place[step]  # type: ignore[index]
+    place[path[-1]] = value  # type: ignore[index]
+    with pytest.raises(FormatError, match=r"layout|matrix"):
+        RecordLayout.from_json(data)
+
+
+@pytest.mark.parametrize("field", ["bits", "matrices", "biases"])
+def test_a_missing_field_is_a_format_error(field: str) -> None:
+    data = LAYOUT.to_json()
+    del data[field]
+    with pytest.raises(FormatError, match=field):
+        RecordLayout.from_json(data)
+
+
+def test_groups() -> None:
+    assert choose_group("w", 128) == 64
+    assert choose_group("w", 96) == 32
+    assert choose_group("w", 128, preferred=32) == 32
+    with pytest.raises(ModelError, match=r"layers\.3\.down_proj: 48 inputs"):
+        choose_group("layers.3.down_proj", 48)
