@@ -29,6 +29,7 @@ import time
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -140,7 +141,7 @@ def read_text(path: Path, characters: int = -1) -> str:
         return file.read(characters)
 
 
-def passages(tokenizer, path: Path, count: int) -> Tensor:
+def passages(tokenizer: Any, path: Path, count: int) -> Tensor:
     """Take `count` sequences evenly spread over the first 100 M characters: [count, 512]."""
     text = read_text(path, 100_000_000)
     rows = []
@@ -152,7 +153,7 @@ def passages(tokenizer, path: Path, count: int) -> Tensor:
 
 
 @torch.no_grad()
-def chats(model, tokenizer) -> Tensor:
+def chats(model: Any, tokenizer: Any) -> Tensor:
     """Let the base model answer CHAT_TOPICS. Returns [rows, 512], conversations end to end."""
     prompts = [[{"role": "user", "content": topic}] for topic in CHAT_TOPICS]
     batch = tokenizer.apply_chat_template(
@@ -440,7 +441,7 @@ def round_int4(model: nn.Module) -> None:
             weight.copy_((((blocks - low) / step).round() * step + low).flatten(-2))
 
 
-def answers(model: nn.Module, tokenizer, count: int) -> dict[str, str]:
+def answers(model: Any, tokenizer: Any, count: int) -> dict[str, str]:
     replies = {}
     for question in QUESTIONS[:count]:
         chat = [{"role": "user", "content": question}]
@@ -483,7 +484,7 @@ def main() -> None:
     parser.add_argument("--heldout", type=Path, required=True, help="text to measure on")
     parser.add_argument("--out", type=Path, required=True, help="the recipe file")
     parser.add_argument("--tokens", type=int, default=24_576, help="calibration tokens")
-    parser.add_argument("--heldout-tokens", type=int, default=24_576)
+    parser.add_argument("--heldout-tokens", type=int, default=8_192)
     parser.add_argument("--rank", type=int, default=32, help="rank of the correction")
     parser.add_argument("--rounds", type=int, default=6, help="turns of router and clusters")
     parser.add_argument("--threads", type=int, default=1, help="more only on an idle machine")

@@ -38,7 +38,7 @@ def smolmoe_store(cache_dir: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random qwen2_moe checkpoint with a byte tokenizer: 6 layers, 16 experts, top-2."""
+    """A random qwen2_moe checkpoint with a byte tokenizer: 6 layers, 16 experts, top-3."""
     return tiny.save_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint")
 
 

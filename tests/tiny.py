@@ -13,7 +13,7 @@ from fate_moe.models.load import quiet_transformers
 from fate_moe.store.reader import Mode, RecordReader
 from fate_moe.types import ExpertKey
 
-LAYERS, EXPERTS, TOP_K = 6, 16, 2
+LAYERS, EXPERTS, TOP_K = 6, 16, 3  # three: the order of a sum of two cannot show
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"

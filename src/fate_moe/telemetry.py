@@ -6,6 +6,7 @@ request = one distinct expert of one layer in one forward step. Callers hold the
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -222,7 +223,7 @@ def per_layer_json(telemetry: Telemetry, capacities: Sequence[int]) -> list[dict
 
 
 def peak_rss_bytes() -> int:
-    """Return the most memory this process has held so far.
+    """Return the most memory this process has held since its start or `restart_peak`.
 
     Linux's VmHWM belongs to the program that runs now; getrusage's figure would include what the
     parent held before exec.
@@ -238,6 +239,12 @@ def peak_rss_bytes() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def restart_peak() -> None:
+    """Let `peak_rss_bytes` count from now on, where the system can (Linux)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def rss_bytes() -> int:

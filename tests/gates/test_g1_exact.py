@@ -106,6 +106,18 @@ def test_late_guesses_change_nothing(
     assert report.stall_s > 0
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_exact_in_16_bits_too(
+    dtype: str, tiny_store: Path, prompt: Tensor, open_engine: Open
+) -> None:
+    whole = open_engine(tiny_store, policy="resident", dtype=dtype)
+    part = open_engine(tiny_store, delay=jitter, experts="25%", window=8, dtype=dtype)
+    assert torch.equal(logits(whole, prompt), logits(part, prompt))
+    assert tokens(whole, prompt) == tokens(part, prompt)
+    assert part.report().evictions > 0
+    assert dtype in part.mode
+
+
 def test_equals_plain_transformers_with_the_decoded_weights(
     tiny_store: Path,
     tiny_checkpoint: Path,

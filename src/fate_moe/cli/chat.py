@@ -33,6 +33,7 @@ def chat(
     predictor: options.PredictorName = None,
     cache: options.CacheName = None,
     allocation: options.AllocationName = None,
+    percentile: options.Percentile = None,
     window: options.Window = None,
     dtype: options.Dtype = None,
     threads: options.Threads = None,
@@ -55,8 +56,8 @@ def chat(
     engine, tokenizer = open_engine(
         model, revision, cache_dir,
         policy=policy, ram=ram, experts=experts, context_tokens=context, predictor=predictor,
-        cache=cache, allocation=allocation, window=window, dtype=dtype, threads=threads,
-        io_threads=io_threads, verify=verify,
+        percentile=percentile, window=window, cache=cache, allocation=allocation, dtype=dtype,
+        threads=threads, io_threads=io_threads, verify=verify,
     )  # fmt: skip
     try:
         if not tokenizer.chat_template:

@@ -61,6 +61,7 @@ def generate(
     predictor: options.PredictorName = None,
     cache: options.CacheName = None,
     allocation: options.AllocationName = None,
+    percentile: options.Percentile = None,
     window: options.Window = None,
     dtype: options.Dtype = None,
     threads: options.Threads = None,
@@ -89,8 +90,8 @@ def generate(
     engine, tokenizer = open_engine(
         model, revision, cache_dir,
         policy=policy, ram=ram, experts=experts, context_tokens=context, predictor=predictor,
-        cache=cache, allocation=allocation, window=window, dtype=dtype, threads=threads,
-        io_threads=io_threads, verify=verify,
+        percentile=percentile, window=window, cache=cache, allocation=allocation, dtype=dtype,
+        threads=threads, io_threads=io_threads, verify=verify,
     )  # fmt: skip
     try:
         conversation = Conversation(engine, tokenizer)

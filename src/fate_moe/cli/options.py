@@ -58,6 +58,14 @@ CacheName = Annotated[
 AllocationName = Annotated[
     str | None, typer.Option("--allocation", rich_help_panel=STAGES, help="shallow or even.")
 ]
+Percentile = Annotated[
+    float | None,
+    typer.Option(
+        metavar="P",
+        rich_help_panel=STAGES,
+        help="Guess the router's top-k and every expert at or above this percentile. Default: 75.",
+    ),
+]
 Window = Annotated[
     int | None,
     typer.Option(

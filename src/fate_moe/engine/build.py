@@ -7,6 +7,7 @@ decided by `plan.draw`, before the first weight is read.
 from __future__ import annotations
 
 import json
+import weakref
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from fate_moe.prefetch.mover import Mover
 from fate_moe.quant.codec import decode
 from fate_moe.quant.record import RecordLayout
 from fate_moe.store.reader import FileReader, RecordReader
+from fate_moe.telemetry import restart_peak
 from fate_moe.types import ExpertKey, Progress, no_progress
 
 
@@ -47,6 +49,7 @@ def build(
     Raises:
         FateError: as `plan.draw`; ReadError when a preloaded expert cannot be read.
     """
+    restart_peak()  # what came before, such as a conversion, is not this run's
     blueprint = draw(store, config)
     if config.compute.threads is not None:
         torch.set_num_threads(config.compute.threads)
@@ -70,12 +73,18 @@ def build(
         _attach(blueprint, sites, predictor, mover, arena)
         _preload(blueprint, regions, mover, progress)
     except BaseException:
-        mover.close()
-        reader.close()
+        _stop(mover, reader)
         raise
     engine = Engine(blueprint, model, mover, reader, _mode(blueprint, reader, sites))
     model.fate = engine
+    # A model that is dropped without `close` gives its threads, files and slots back too.
+    weakref.finalize(model, _stop, mover, reader)
     return engine
+
+
+def _stop(mover: Mover, reader: RecordReader) -> None:
+    mover.close()
+    reader.close()
 
 
 def _open_reader(blueprint: Blueprint) -> RecordReader:

@@ -131,10 +131,11 @@ class Conversation:
             if old != new:
                 break
             same += 1
-        if self._kv is not None and same:
+        surplus = len(self._seen) - same
+        if self._kv is not None and same and surplus:
             try:
-                self._kv.crop(same)
-            except (AttributeError, NotImplementedError, ValueError):
+                self._kv.crop(-surplus)
+            except (AttributeError, NotImplementedError, RuntimeError, ValueError):
                 same = 0  # sliding-window caches cannot go back
         if self._kv is None or not same:
             from transformers import DynamicCache

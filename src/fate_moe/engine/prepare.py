@@ -78,7 +78,9 @@ def convert_model(
         raise ModelError(f"{model}: is a store already; give the checkpoint it was made from")
     checkpoint = find_checkpoint(model, cache_dir=cache_dir, revision=revision, progress=progress)
     store = out or cached_store(model, cache_dir)
-    with open_checkpoint(checkpoint, group=group_size) as source:
+    with open_checkpoint(
+        checkpoint, group=group_size, source_id=model, revision=revision
+    ) as source:
         stale = out is None and is_store(store) and not is_made_from(read_manifest(store), source)
         return store, convert(source, store, force=force or stale, progress=progress)
 

@@ -85,14 +85,21 @@ def read_skeleton(folder: Path) -> Skeleton:
     Raises:
         ModelError: no readable config, or a family that transformers does not know.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    # A config is untrusted input: whatever transformers trips over is the config's fault.
+    refusals = (
+        ArithmeticError, AttributeError, ImportError, LookupError, OSError, RuntimeError,
+        StrictDataclassError, TypeError, ValueError,
+    )  # fmt: skip
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         with torch.device("meta"):
             module = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"{folder}: {_first_line(error)}") from error
+    except refusals as error:
+        why = " ".join(str(error).split())[:200]
+        raise ModelError(f"{folder}: transformers refuses config.json: {why}") from error
     dtype = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
     return Skeleton(config, module, dtype if isinstance(dtype, torch.dtype) else torch.float32)
 

@@ -160,7 +160,8 @@ class Mover:
             self._closed = True
             self._changed.notify_all()
         for thread in self._threads:
-            thread.join()
+            if thread is not threading.current_thread():  # the collector runs on any thread
+                thread.join()
 
     # The rest is called under the lock.
 
@@ -171,6 +172,7 @@ class Mover:
             self._failed.pop(key, None)  # of a lease that ended before its read did
             self._queue.push_demand(entry)
             self.telemetry.bytes_demand += self._record_bytes[key.layer]
+            self._changed.notify_all()  # the readers may have gone to sleep on an empty queue
         return entry
 
     def take_failure(self, key: ExpertKey) -> Exception | None:

@@ -137,6 +137,8 @@ def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     result = dict(pairs)
     if len(result) != len(pairs):
         raise ValueError("a key appears twice")
+    for text in (item for pair in pairs for item in pair if isinstance(item, str)):
+        text.encode()  # half a surrogate pair is no text: it could never be printed or written
     return result
 
 

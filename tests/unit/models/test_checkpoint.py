@@ -311,9 +311,17 @@ def test_only_safetensors(qwen: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", ["missing shard", "truncated", "missing tensor", "traversal", "twice", "no map"]
+    ("damage", "message"),
+    [
+        ("missing shard", "shard is missing"),
+        ("truncated", "its header describes"),
+        ("missing tensor", "of the index is missing"),
+        ("traversal", "no plain safetensors file"),
+        ("twice", "is also in another shard"),
+        ("no map", "weight_map must be"),
+    ],
 )
-def test_damaged_shards(qwen: Path, damage: str) -> None:
+def test_damaged_shards(qwen: Path, damage: str, message: str) -> None:
     shard(qwen)
     second = qwen / "model-00002-of-00003.safetensors"
     index = qwen / "model.safetensors.index.json"
@@ -330,7 +338,7 @@ def test_damaged_shards(qwen: Path, damage: str) -> None:
         index.write_text(json.dumps({"weight_map": {"a": "../../etc/x.safetensors"}}))
     else:
         index.write_text("{}")
-    with pytest.raises((ModelError, FormatError), match=r"model"):
+    with pytest.raises((ModelError, FormatError), match=message):
         open_checkpoint(qwen)
 
 

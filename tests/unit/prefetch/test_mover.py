@@ -117,6 +117,22 @@ def test_a_guess_in_flight_counts_as_late(bench: Callable[..., Bench]) -> None:
     assert (counts.hits, counts.late, counts.misses) == (0, 1, 0)
 
 
+def test_a_read_that_had_to_wait_for_a_slot_wakes_the_readers(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fate_moe.prefetch.mover._POLL_S", 2.0)
+    b = bench([0, 0], 1)
+    b.reader.gate.clear()
+    b.mover.speculate(guess(1, 4))
+    time.sleep(0.05)  # a reader holds the only slot now
+    lease = b.mover.lease(0, [3], Phase.DECODE)
+    b.reader.gate.set()
+    b.settle()
+    time.sleep(0.05)  # the slot can be had, and both readers sleep
+    with lease as arriving:
+        assert [expert for expert, _ in arriving] == [3]
+
+
 def test_stale_guesses_are_cancelled_before_they_cost_a_byte(bench: Callable[..., Bench]) -> None:
     b = bench([1, 1], 6)
     b.use(0, [0])

@@ -26,14 +26,18 @@ def sections(layout: RecordLayout) -> list[tuple[int, int]]:
     return found + [(at.low, m.plane_bytes) for m, at in pairs]
 
 
-def test_sections_follow_each_other_aligned_and_disjoint() -> None:
+ODD = RecordLayout((MatrixSpec("a", 3, 96, 32), MatrixSpec("b", 5, 32, 32)), (BiasSpec("c", 3),))
+
+
+@pytest.mark.parametrize("layout", [LAYOUT, ODD], ids=["even", "odd"])
+def test_sections_follow_each_other_aligned_and_disjoint(layout: RecordLayout) -> None:
     end = 0
-    for start, size in sections(LAYOUT):
+    for start, size in sections(layout):
         assert start % 64 == 0
         assert end <= start < end + 64
         end = start + size
-    assert 0 <= LAYOUT.record_bytes - end < 4096 + 64
-    assert LAYOUT.record_bytes % 4096 == 0
+    assert 0 <= layout.record_bytes - end < 4096 + 64
+    assert layout.record_bytes % 4096 == 0
 
 
 def test_the_head_ends_where_the_low_plane_starts() -> None:

@@ -73,6 +73,8 @@ HOSTILE = {
     "no dict": {"a": [0, 8]},
     "metadata no text": {"__metadata__": {"a": 1}, "a": tensor(0, 8)},
     "metadata no dict": {"__metadata__": "a", "a": tensor(0, 8)},
+    "half a surrogate": {"\ud800": tensor(0, 8)},
+    "half a surrogate inside": {"__metadata__": {"a": "\udfff"}, "a": tensor(0, 8)},
     "no object": ["a"],
 }
 

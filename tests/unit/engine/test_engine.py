@@ -1,0 +1,94 @@
+"""Loading, reporting, closing."""
+
+import gc
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+import fate_moe
+from fate_moe.engine.generate import Conversation, Sampling
+from fate_moe.errors import CacheError, ConfigError
+from fate_moe.models.load import load_tokenizer
+from tests.conftest import Open
+
+
+def readers() -> int:
+    return sum(thread.name.startswith("fate-reader") for thread in threading.enumerate())
+
+
+def test_load_gives_an_ordinary_model_with_a_report(tiny_store: Path) -> None:
+    model, tokenizer = fate_moe.load(str(tiny_store), experts="50%", window=4)
+    inputs = tokenizer("hello", return_tensors="pt")
+    out = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    assert out.shape[1] > inputs["input_ids"].shape[1]
+    report = model.fate.report()
+    assert report.requests > 0
+    assert "hit rate" in str(report)
+    model.fate.reset()
+    assert model.fate.report().requests == 0
+    model.fate.close()
+
+
+def test_a_closed_engine_says_so(tiny_store: Path) -> None:
+    model, _ = fate_moe.load(str(tiny_store), experts="50%")
+    model.fate.close()
+    model.fate.close()
+    with pytest.raises(CacheError, match="closed"), torch.no_grad():
+        model(torch.arange(3, 9)[None])
+
+
+def test_a_dropped_model_gives_everything_back(tiny_store: Path) -> None:
+    before = readers()
+    model, _ = fate_moe.load(str(tiny_store), experts="50%", io_threads=3)
+    assert readers() == before + 3
+    del model
+    gc.collect()
+    assert readers() == before
+
+
+def test_a_second_turn_reads_only_what_is_new(tiny_store: Path, open_engine: Open) -> None:
+    engine = open_engine(tiny_store, experts="50%")
+    tokenizer = load_tokenizer(tiny_store)
+    talk = Conversation(engine, tokenizer)
+    first = [{"role": "user", "content": "one"}]
+    answer = talk.ask(first, Sampling(max_new_tokens=6))
+    second = [*first, {"role": "assistant", "content": answer.text},
+              {"role": "user", "content": "two"}]  # fmt: skip
+    seen: list[int] = []
+    engine.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    continued = talk.ask(second, Sampling(max_new_tokens=6))
+    assert seen[0] < continued.prompt_tokens - 5
+    fresh = Conversation(engine, tokenizer).ask(second, Sampling(max_new_tokens=6))
+    assert continued.token_ids == fresh.token_ids
+
+
+def test_a_prompt_longer_than_a_chunk_is_split(
+    tiny_store: Path, open_engine: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fate_moe.engine import generate
+
+    engine = open_engine(tiny_store, experts="50%")
+    talk = Conversation(engine, load_tokenizer(tiny_store))
+    whole = talk.ask("x" * 100, Sampling(max_new_tokens=6))
+    monkeypatch.setattr(generate, "PREFILL_CHUNK_TOKENS", 32)
+    seen: list[int] = []
+    engine.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    talk.forget()
+    split = talk.ask("x" * 100, Sampling(max_new_tokens=6))
+    assert seen[:4] == [32, 32, 32, 4]
+    assert split.token_ids == whole.token_ids
+
+
+@pytest.mark.parametrize(
+    "bad", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")},
+            {"top_p": 0.0}, {"top_p": 1.5}]
+)  # fmt: skip
+def test_bad_sampling_is_refused(bad: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match="need"):
+        Sampling(**bad)  # type: ignore[arg-type]
