@@ -119,6 +119,17 @@ class LinkMeter:
         return self.bytes / self.busy_s if self.busy_s > 0 else None
 
 
+class MovingAverage:
+    """A mean that forgets: the newest value weighs a tenth."""
+
+    def __init__(self) -> None:
+        self.value: float | None = None
+
+    def add(self, value: float) -> None:
+        """Take one more value in."""
+        self.value = value if self.value is None else 0.9 * self.value + 0.1 * value
+
+
 @dataclass(frozen=True, slots=True)
 class Report:
     """The state of an engine in the words of the contract; see `Engine.report`."""

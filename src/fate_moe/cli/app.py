@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
@@ -35,6 +36,9 @@ def root(
 
 def main() -> None:
     """Run the command line."""
+    # Before torch is loaded: threads that spin at barriers make small operations several times
+    # slower as soon as another process wants a core (docs/experiments.md).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Commands register themselves; imported here so that `import fate_moe.cli` stays cheap.
     from fate_moe.cli import chat, generate, stores  # noqa: F401
 

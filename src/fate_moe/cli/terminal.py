@@ -143,8 +143,14 @@ class TerminalProgress:
         amount = f"{done} of {total}"
         if total >= 2**20:  # bytes
             amount = f"{format_bytes(done)} of {format_bytes(total)}"
+        whole = total if total > 1 else None  # one step has no half: the bar pulses
         if what not in self._tasks:
-            self._tasks[what] = self._bars.add_task(what, total=total, amount=amount)
-        self._bars.update(self._tasks[what], completed=done, total=total, amount=amount)
+            self._tasks[what] = self._bars.add_task(what, total=whole, amount="")
+        self._bars.update(
+            self._tasks[what],
+            completed=done,
+            total=whole,
+            amount=amount if whole else "",
+        )
         if done >= total:
             self._bars.update(self._tasks[what], visible=False)

@@ -145,7 +145,8 @@ def load_residents(
                 f"{folder}: {len(info[kind])} {kind.replace('_', ' ')} in the store, first {first};"
                 " convert the model again"
             )
-    own_memory(model)
+    if dtype is skeleton.dtype:  # else the cast has copied every tensor already
+        own_memory(model)
     model.eval()
     return model, find_sites(model, skeleton.hidden, dtype)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 
@@ -19,7 +20,7 @@ from fate_moe.cache.table import Entry, ExpertTable
 from fate_moe.errors import CacheError
 from fate_moe.prefetch.queue import ReadQueue
 from fate_moe.store.reader import RecordReader
-from fate_moe.telemetry import Counts, LinkMeter, Telemetry
+from fate_moe.telemetry import Counts, LinkMeter, MovingAverage, Telemetry
 from fate_moe.types import ExpertKey, Phase, Prediction
 
 _POLL_S = 60.0
@@ -60,7 +61,9 @@ class Mover:
         self._changed = threading.Condition()
         self._failed: dict[ExpertKey, Exception] = {}
         self._predictions: dict[int, Prediction] = {}
-        self._compute_s = _Average()
+        self._wishes: deque[ExpertKey] = deque()  # guessed, but without a slot so far
+        self._guesses_left = 0
+        self._compute_s = MovingAverage()
         self._turn_began_s: float | None = None
         self._stall_at_turn_s = 0.0
         self._closed = False
@@ -75,29 +78,17 @@ class Mover:
     def speculate(self, prediction: Prediction | None) -> None:
         """Start reading guessed experts, as many as the window allows, most likely first.
 
+        Those that find no spare slot are tried again as the current lease gives slots back.
         Thread: the decode thread. Never blocks on a read.
         """
         if prediction is None:
             return
         layer = prediction.layer
-        read_bytes = self._record_bytes[layer]
         with self._changed:
             self._predictions[layer] = prediction
-            allowed = self._allowed_guesses(read_bytes)
-            for expert in prediction.ranked:
-                if allowed <= 0:
-                    break
-                key = ExpertKey(layer, expert)
-                if self.table.get(key) is not None:
-                    continue
-                entry = self.table.place_guess(key) if self._queue.has_room(read_bytes) else None
-                if entry is None:
-                    break
-                self._queue.push_guess(entry, read_bytes)
-                self.telemetry.guesses += 1
-                self.telemetry.bytes_speculated += read_bytes
-                allowed -= 1
-            self._changed.notify_all()
+            self._wishes.extend(ExpertKey(layer, expert) for expert in prediction.ranked)
+            self._guesses_left = self._allowed_guesses(self._record_bytes[layer])
+            self.place_guesses()
 
     def lease(self, layer: int, experts: Sequence[int], phase: Phase) -> Lease:
         """Announce that `experts` of `layer` are needed now and lock them until they are used.
@@ -114,6 +105,7 @@ class Mover:
             raise CacheError("the engine is closed; load the model again")
         with self._changed:
             self._end_turn()
+            self._wishes.clear()
             for stale in self._queue.cancel(self._is_unwanted(layer, set(experts))):
                 self.telemetry.guesses_cancelled += 1
                 self.telemetry.bytes_speculated -= self._record_bytes[stale.key.layer]
@@ -174,6 +166,22 @@ class Mover:
             self.telemetry.bytes_demand += self._record_bytes[key.layer]
             self._changed.notify_all()  # the readers may have gone to sleep on an empty queue
         return entry
+
+    def place_guesses(self) -> None:
+        """Queue reads of wished-for experts while the window and the spare slots allow it."""
+        while self._wishes and self._guesses_left > 0:
+            key = self._wishes[0]
+            read_bytes = self._record_bytes[key.layer]
+            if self.table.get(key) is None:
+                entry = self.table.place_guess(key) if self._queue.has_room(read_bytes) else None
+                if entry is None:
+                    return
+                self._queue.push_guess(entry, read_bytes)
+                self.telemetry.guesses += 1
+                self.telemetry.bytes_speculated += read_bytes
+                self._guesses_left -= 1
+                self._changed.notify_all()
+            self._wishes.popleft()
 
     def take_failure(self, key: ExpertKey) -> Exception | None:
         """Return why `key` could not be read, once."""
@@ -352,6 +360,8 @@ class Lease:
             self._mover.table.unlock(self._held.pop(self._current))
             self._current = None
             self._place_homeless()
+            if not self._homeless:
+                self._mover.place_guesses()  # the slot that came free may serve one
             self._changed.notify_all()
 
     def _place_homeless(self) -> None:
@@ -361,13 +371,3 @@ class Lease:
                 return
             entry.locks += 1
             self._held[self._homeless.pop(0)] = entry
-
-
-class _Average:
-    """A mean that forgets: the newest value weighs a tenth."""
-
-    def __init__(self) -> None:
-        self.value: float | None = None
-
-    def add(self, value: float) -> None:
-        self.value = value if self.value is None else 0.9 * self.value + 0.1 * value

@@ -43,6 +43,7 @@ from fate_moe.store.reader import record_checksum
 from fate_moe.store.workdir import JOURNAL_FILE, Workdir
 from fate_moe.types import ExpertKey, Progress, no_progress
 
+_QUANTIZING, _COPYING = "quantizing experts", "copying the rest"  # what progress is told
 _SPARE_BYTES = 64 << 20  # manifest, tokenizer, file system overhead
 # What may come along, by name: never code, never pickles, never other weights.
 _COPIED_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken")
@@ -179,8 +180,12 @@ class _Job:
         self._progress = progress
         self._work = Workdir(out, _fingerprint(source))
         self._resident_header = build_header([(t.name, t.dtype, t.shape) for t in source.resident])
-        self._total = sum(_layer_bytes(layer) for layer in source.layers) + self._resident_bytes
-        self._done = 0
+        # Apart, because a quantized byte takes far longer than a copied one.
+        self._totals = {
+            _QUANTIZING: sum(_layer_bytes(layer) for layer in source.layers),
+            _COPYING: self._resident_bytes,
+        }
+        self._done = dict.fromkeys(self._totals, 0)
 
     def run(self) -> Manifest:
         source = self._source
@@ -202,7 +207,7 @@ class _Job:
         return len(self._resident_header) + sum(tensor_bytes(t.dtype, t.shape) for t in tensors)
 
     def _check_space(self) -> None:
-        need = self._total - self._work.finished_bytes + _SPARE_BYTES
+        need = sum(self._totals.values()) - self._work.finished_bytes + _SPARE_BYTES
         have = shutil.disk_usage(self._work.folder).free
         if have < need:
             raise StoreError(
@@ -219,7 +224,7 @@ class _Job:
             self._work.write(file, self._records(index, layer, header, checksums))
             self._work.finish(file, size, checksums)
         else:
-            self._advance("resume", size)
+            self._advance(_QUANTIZING, size)
         return LayerEntry(
             path=layer.path,
             file=file,
@@ -236,7 +241,7 @@ class _Job:
     def _records(
         self, index: int, layer: SourceLayer, header: bytes, checksums: list[str]
     ) -> Iterator[bytes | memoryview]:
-        yield self._count(header)
+        yield self._count(_QUANTIZING, header)
         for expert in range(layer.num_experts):
             key = ExpertKey(index, expert)
             record = self._source.record(key)
@@ -245,7 +250,7 @@ class _Job:
                     f"{key}: {len(record)} bytes, the layer has {layer.record_bytes} per record"
                 )
             checksums.append(record_checksum(record))
-            yield self._count(record)
+            yield self._count(_QUANTIZING, record)
 
     def _resident(self) -> Resident:
         size = self._resident_bytes
@@ -256,14 +261,14 @@ class _Job:
             done = [digest.hexdigest()]
             self._work.finish(RESIDENT_FILE, size, done)
         else:
-            self._advance("resume", size)
+            self._advance(_COPYING, size)
         return Resident(RESIDENT_FILE, size, done[0])
 
     def _resident_pieces(self) -> Iterator[bytes | memoryview]:
-        yield self._count(self._resident_header)
+        yield self._count(_COPYING, self._resident_header)
         for tensor in self._source.resident:
             for piece in self._source.read_resident(tensor.name):
-                yield self._count(piece)
+                yield self._count(_COPYING, piece)
 
     def _small_files(self) -> None:
         for name in _small_files(self._source.folder):
@@ -279,13 +284,13 @@ class _Job:
         }
         self._work.write(INDEX_FILE, [json.dumps(index, indent=1).encode()])
 
-    def _count(self, piece: bytes | memoryview) -> bytes | memoryview:
-        self._advance("convert", len(piece))
+    def _count(self, what: str, piece: bytes | memoryview) -> bytes | memoryview:
+        self._advance(what, len(piece))
         return piece
 
     def _advance(self, what: str, count: int) -> None:
-        self._done += count
-        self._progress(what, self._done, self._total)
+        self._done[what] += count
+        self._progress(what, self._done[what], self._totals[what])
 
 
 def _small_files(folder: Path) -> list[str]:

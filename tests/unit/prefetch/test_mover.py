@@ -170,6 +170,17 @@ def test_unused_guesses_are_wasted_bytes(bench: Callable[..., Bench]) -> None:
     assert b.mover.telemetry.bytes_wasted == RECORD
 
 
+def test_guesses_without_a_slot_are_tried_again_as_slots_come_free(
+    bench: Callable[..., Bench],
+) -> None:
+    b = bench([0, 0], 2)
+    b.use(0, [1, 2], guess(1, 7, 8))  # both spare slots are leased when the guess is made
+    b.settle()
+    b.use(1, [7, 8])
+    counts = b.mover.telemetry.total(layer=1)
+    assert (counts.hits, counts.misses) == (2, 0)
+
+
 def test_the_window_caps_the_guesses_of_a_layer(bench: Callable[..., Bench]) -> None:
     b = bench([1, 1], 4, window=1)
     b.use(0, [0], guess(1, 1, 2, 3))
