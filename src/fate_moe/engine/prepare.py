@@ -47,8 +47,8 @@ def find_store(
         ModelError: nothing by that name, or nothing that can be converted.
         StoreError: the store cannot be written.
     """
-    folder = Path(model).expanduser()
-    if folder.is_dir() and is_store(folder):
+    folder = _folder(model)
+    if folder is not None and is_store(folder):
         return folder
     store, _ = convert_model(model, None, cache_dir=cache_dir, revision=revision, progress=progress)
     return store
@@ -76,8 +76,8 @@ def convert_model(
     Raises:
         ModelError, StoreError: as `find_store`.
     """
-    folder = Path(model).expanduser()
-    if folder.is_dir() and is_store(folder):
+    folder = _folder(model)
+    if folder is not None and is_store(folder):
         raise ModelError(f"{model}: is a store already; give the checkpoint it was made from")
     checkpoint = find_checkpoint(model, cache_dir=cache_dir, revision=revision, progress=progress)
     store = out or cached_store(model, cache_dir)
@@ -92,17 +92,17 @@ def convert_model(
 
 def cached_store(model: str, cache_dir: Path) -> Path:
     """Return where the store of a model lies in the cache folder, made or not."""
-    folder = Path(model).expanduser()
-    name = re.sub(r"[^A-Za-z0-9.-]+", "-", model).strip("-.")[-60:]
-    if folder.is_dir():  # two folders of one name must not share a store
+    folder = _folder(model)
+    name = re.sub(r"[^A-Za-z0-9.-]+", "-", model).strip("-.")[-60:] or "model"
+    if folder is not None:  # two folders of one name must not share a store
         name += "-" + hashlib.blake2b(bytes(folder.resolve()), digest_size=4).hexdigest()
     return cache_dir / "stores" / name
 
 
 def known_store(model: str, cache_dir: Path) -> Path | None:
     """Return a store that exists already, named by its folder or by its model, or None."""
-    for folder in (Path(model).expanduser(), cached_store(model, cache_dir)):
-        if is_store(folder):
+    for folder in (_folder(model), cached_store(model, cache_dir)):
+        if folder is not None and is_store(folder):
             return folder
     return None
 
@@ -119,8 +119,8 @@ def find_checkpoint(
     Raises:
         ModelError: nothing by that name.
     """
-    folder = Path(model).expanduser()
-    if folder.is_dir():
+    folder = _folder(model)
+    if folder is not None:
         if (folder / "config.json").is_file():
             return folder
         raise ModelError(f"{model}: the folder holds neither config.json nor fate.json")
@@ -129,6 +129,15 @@ def find_checkpoint(
     if _HUB_ID.fullmatch(model):
         return _download(model, revision)
     raise ModelError(f"{model}: no such folder; give {SMOLMOE}, a folder, or a hub id (owner/name)")
+
+
+def _folder(model: str) -> Path | None:
+    """Return the folder that a name leads to, or None when it is no folder."""
+    try:
+        folder = Path(model).expanduser()
+        return folder if folder.is_dir() else None
+    except (OSError, RuntimeError, ValueError):  # too long, unknown user, null byte
+        return None
 
 
 def _give_memory_back() -> None:

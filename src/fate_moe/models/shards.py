@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fate_moe.errors import FormatError, ModelError
-from fate_moe.store.header import TensorEntry, load_json, read_header
+from fate_moe.store.header import Header, TensorEntry, load_json, read_header
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -103,7 +103,7 @@ class Shards:
         if not path.is_file():
             raise ModelError(f"{path}: shard is missing; is the download complete?")
         header = read_header(path)
-        self.digests[path.name] = header.digest
+        self.digests[path.name] = _fingerprint(path, header)
         for name, entry in header.tensors.items():
             if name in self.tensors:
                 raise FormatError(f"{path}: tensor {name!r:.200} is also in another shard")
@@ -148,6 +148,13 @@ def read_json(path: Path) -> dict[str, object]:
 def file_digest(path: Path) -> str:
     """blake2b-128 of a small file."""
     return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+
+
+def _fingerprint(path: Path, header: Header) -> str:
+    # Size and header are the same for two trainings of one model; the time of writing is not.
+    # Hashing every byte would take as long as the conversion.
+    written = f"{header.digest} {path.stat().st_mtime_ns}"
+    return hashlib.blake2b(written.encode(), digest_size=16).hexdigest()
 
 
 def _weight_map(folder: Path) -> Mapping[str, str]:

@@ -61,7 +61,7 @@ class Source:
     Attributes:
         id: hub id or folder name.
         revision: commit of the hub repository, if known.
-        files: file name -> blake2b-128 (config: content; shards: header and size).
+        files: file name -> blake2b-128 (config: content; shards: header, size, time of writing).
     """
 
     id: str

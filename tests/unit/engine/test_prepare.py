@@ -1,0 +1,58 @@
+"""From a name to a store, made once and made anew when its checkpoint changes."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from fate_moe.engine.prepare import cached_store, convert_model, find_checkpoint, find_store
+from fate_moe.errors import ModelError
+from fate_moe.store.format import read_manifest
+
+
+@pytest.fixture
+def checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(tiny_checkpoint, tmp_path / "model")
+
+
+def test_a_changed_checkpoint_is_converted_again(checkpoint: Path, tmp_path: Path) -> None:
+    first = find_store(str(checkpoint), cache_dir=tmp_path / "cache")
+    before = read_manifest(first)
+    assert read_manifest(find_store(str(checkpoint), cache_dir=tmp_path / "cache")) == before
+
+    shard = checkpoint / "model.safetensors"
+    weights = load_file(shard)  # the same names, shapes and size, other values
+    save_file({k: v + 0.25 for k, v in weights.items()}, shard, metadata={"format": "pt"})
+    second = find_store(str(checkpoint), cache_dir=tmp_path / "cache")
+    assert second == first
+    assert read_manifest(second).layers[0].checksums != before.layers[0].checksums
+
+
+def test_the_manifest_names_the_model(checkpoint: Path, tmp_path: Path) -> None:
+    _, manifest = convert_model(str(checkpoint), tmp_path / "out", cache_dir=tmp_path)
+    assert manifest.source.id == str(checkpoint)
+    assert set(manifest.source.files) == {"config.json", "model.safetensors"}
+
+
+def test_two_folders_of_one_name_have_two_stores(tmp_path: Path) -> None:
+    places = set()
+    for parent in ("a", "b"):
+        folder = tmp_path / parent / "model"
+        folder.mkdir(parents=True)
+        places.add(cached_store(str(folder), tmp_path))
+    assert len(places) == 2
+
+
+def test_names_cannot_leave_the_cache_folder(tmp_path: Path) -> None:
+    for name in ("../../etc/passwd", "..", "a/../../b", "/etc", "x" * 500, "\0"):
+        place = cached_store(name, tmp_path)
+        assert place.parent == tmp_path / "stores"
+        assert os.sep not in place.name
+
+
+@pytest.mark.parametrize("name", ["../x", "a b/c", "one/two/three", "~nobody/x/y", "http://x/y"])
+def test_what_is_no_name_of_a_model_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no such folder"):
+        find_checkpoint(name, cache_dir=tmp_path)
