@@ -16,10 +16,11 @@ AVAILABLE_SHARE = 0.75
 """Share of the available memory that a run takes when the user names no number."""
 
 
-_CGROUP_LIMITS = (
-    "/sys/fs/cgroup/memory.max",  # version 2
-    "/sys/fs/cgroup/memory/memory.limit_in_bytes",  # version 1
-)
+_OWN_CGROUPS = Path("/proc/self/cgroup")
+_CGROUP_ROOTS = {  # controllers in /proc/self/cgroup -> where they are mounted, name of the limit
+    "": (Path("/sys/fs/cgroup"), "memory.max"),  # version 2
+    "memory": (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"),  # version 1
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,10 +115,10 @@ def make_plan(limits: Limits, need: Demands, available_bytes: int) -> MemoryPlan
         )
     if wanted > affordable:
         have = format_bytes(budget)
-        most = max(need.floor_slots, affordable)
+        most = affordable * need.slot_bytes // 1024
         raise BudgetError(
             f"experts: {wanted} slots need {format_bytes(_peak_bytes(need, wanted))}, have {have}; "
-            f"try --experts {most * need.slot_bytes // 2**20}MiB or a larger --ram",
+            f"try --experts {most}KiB or a larger --ram",
             budget_bytes=budget,
             floor_bytes=_peak_bytes(need, wanted),
         )
@@ -132,14 +133,32 @@ def available_bytes(own_rss_bytes: int, system_available_bytes: int) -> int:
 
 
 def _cgroup_limit_bytes() -> int | None:
-    for path in _CGROUP_LIMITS:
-        try:
-            text = Path(path).read_text(encoding="ascii").strip()
-        except OSError:
+    """Return the tightest memory limit of this process's cgroup and those around it."""
+    try:
+        lines = _OWN_CGROUPS.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    limits = []
+    for line in lines:
+        _, controllers, own = line.split(":", 2)
+        if controllers not in _CGROUP_ROOTS:
             continue
-        if text.isdigit() and int(text) < 2**60:
-            return int(text)
-    return None
+        root, name = _CGROUP_ROOTS[controllers]
+        # Inside a container the path may be the host's; then only the root is there to read.
+        inner = root / own.lstrip("/")
+        for folder in (inner, *inner.parents):
+            limits += _limit(folder / name)
+            if folder == root:
+                break
+    return min(limits, default=None)
+
+
+def _limit(path: Path) -> list[int]:
+    try:
+        text = path.read_text(encoding="ascii").strip()
+    except OSError:
+        return []
+    return [int(text)] if text.isdigit() and int(text) < 2**60 else []
 
 
 def _parts(need: Demands) -> str:

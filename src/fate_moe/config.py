@@ -18,6 +18,7 @@ _UNITS = {
     "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40,
     "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
 }  # fmt: skip
+_MOST_BYTES = 2**60
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*|%)\s*")
 
 
@@ -49,6 +50,8 @@ def parse_size(text: str | int | Size, what: str = "size") -> Size:
         raise ConfigError(f"{what}: cannot read {str(text)!r}; write 512MiB, 6GiB or 50%")
     number = float(match.group(1))
     if unit != "%":
+        if number * _UNITS[unit] > _MOST_BYTES:
+            raise ConfigError(f"{what}: {text!s:.40} is more than any machine has")
         return Size(count_bytes=int(number * _UNITS[unit]))
     if number > 100:
         raise ConfigError(f"{what}: {text} is over 100%")
@@ -116,8 +119,8 @@ class ComputeConfig:
     def __post_init__(self) -> None:
         if self.dtype not in {"auto", "float32", "bfloat16", "float16"}:
             raise ConfigError(f"dtype: {self.dtype!r} is none of auto, float32, bfloat16, float16")
-        if self.threads is not None and self.threads < 1:
-            raise ConfigError(f"threads: have {self.threads}, need 1 or more")
+        if self.threads is not None and not 1 <= self.threads <= 1024:
+            raise ConfigError(f"threads: have {self.threads}, need 1 to 1024")
 
 
 @dataclass(frozen=True, slots=True)

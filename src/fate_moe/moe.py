@@ -32,7 +32,10 @@ class MoELayer:
         self._guess = self._predictor.next(self.layer, gate_input)
 
     def forward(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        """Return the routed experts' sum for tokens x [T, D]; ids and weights [T, K]."""
+        """Return the routed experts' sum for tokens x [T, D]; ids and weights [T, K].
+
+        A step of one token is booked as decode, any other as prefill.
+        """
         phase = Phase.PREFILL if x.shape[0] > 1 else Phase.DECODE
         with self._mover.lease(self.layer, distinct(topk_ids), phase) as arriving:
             self._mover.speculate(self._guess)  # after the demand: a guess only gets idle link time

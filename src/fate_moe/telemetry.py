@@ -6,7 +6,6 @@ request = one distinct expert of one layer in one forward step. Callers hold the
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -64,7 +63,6 @@ class Telemetry:
     counts: dict[Phase, list[Counts]] = field(default_factory=dict)
     guesses: int = 0
     guesses_used: int = 0
-    guesses_cancelled: int = 0
     bytes_demand: int = 0
     bytes_speculated: int = 0
     bytes_wasted: int = 0
@@ -77,7 +75,7 @@ class Telemetry:
     def reset(self) -> None:
         """Forget all counts but the preload."""
         self.counts = {phase: [Counts() for _ in range(self.layers)] for phase in Phase}
-        self.guesses = self.guesses_used = self.guesses_cancelled = 0
+        self.guesses = self.guesses_used = 0
         self.bytes_demand = self.bytes_speculated = self.bytes_wasted = 0
         self.stall_s = 0.0
 
@@ -97,20 +95,20 @@ class LinkMeter:
     def __init__(self) -> None:
         self.bytes = 0
         self.busy_s = 0.0
-        self._active = 0
+        self.active = 0  # reads under way
         self._since = 0.0
 
     def begin(self, now_s: float) -> None:
         """A reader starts."""
-        if self._active == 0:
+        if self.active == 0:
             self._since = now_s
-        self._active += 1
+        self.active += 1
 
     def end(self, now_s: float, read_bytes: int) -> None:
         """A reader is done with `read_bytes`."""
-        self._active -= 1
+        self.active -= 1
         self.bytes += read_bytes
-        if self._active == 0:
+        if self.active == 0:
             self.busy_s += now_s - self._since
 
     @property
@@ -234,7 +232,7 @@ def per_layer_json(telemetry: Telemetry, capacities: Sequence[int]) -> list[dict
 
 
 def peak_rss_bytes() -> int:
-    """Return the most memory this process has held since its start or `restart_peak`.
+    """Return the most memory this process has held since its start.
 
     Linux's VmHWM belongs to the program that runs now; getrusage's figure would include what the
     parent held before exec.
@@ -250,12 +248,6 @@ def peak_rss_bytes() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def restart_peak() -> None:
-    """Let `peak_rss_bytes` count from now on, where the system can (Linux)."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def rss_bytes() -> int:

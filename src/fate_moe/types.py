@@ -21,14 +21,6 @@ class ExpertKey(NamedTuple):
         return f"layer {self.layer}, expert {self.expert}"
 
 
-class Tier(Enum):
-    """Where a copy of an expert lives, slowest first."""
-
-    DISK = "disk"
-    HOST = "host"
-    DEVICE = "device"
-
-
 class Phase(Enum):
     """Which part of a generation a forward step belongs to."""
 

@@ -131,7 +131,7 @@ def test_equals_plain_transformers_with_the_decoded_weights(
         plain = AutoModelForCausalLM.from_pretrained(
             tiny_checkpoint, dtype=torch.float32, experts_implementation="eager"
         )
-    own_memory(plain)
+    own_memory(plain, whole=True)
     manifest = read_manifest(tiny_store)
     reader = FileReader(tiny_store, manifest)
     for index, entry in enumerate(manifest.layers):

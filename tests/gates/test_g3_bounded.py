@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from fate_moe.engine import build as build_module
-from fate_moe.errors import BudgetError
+from fate_moe.errors import BudgetError, ConfigError
 from tests import cgroup
 from tests.conftest import Open
 
@@ -20,10 +20,7 @@ def test_refuses_before_it_reads(
     def read(*args: Any) -> None:
         raise AssertionError("weights were read before the plan was made")
 
-    from fate_moe.engine import build as _  # noqa: F401
-
     monkeypatch.setattr(sys.modules["fate_moe.engine.build"], "load_residents", read)
-    assert callable(build_module)
     with pytest.raises(BudgetError, match=r"have 1\.0 MiB, need at least .* try --ram \d+MiB") as e:
         open_engine(tiny_store, ram="1MiB")
     assert e.value.floor_bytes > e.value.budget_bytes == 2**20
@@ -49,6 +46,29 @@ def test_regions_and_spare_slots_are_the_plan(tiny_store: Path, open_engine: Ope
         assert engine.report().experts_capacity == engine.blueprint.memory.slots
 
 
+def test_a_step_beyond_the_planned_context_is_refused(tiny_store: Path, open_engine: Open) -> None:
+    engine = open_engine(tiny_store, experts="50%", context_tokens=64)
+    engine.model(torch.arange(3, 67)[None])
+    with pytest.raises(ConfigError, match="1 x 65 tokens, the plan has room for 64"):
+        engine.model(torch.arange(3, 68)[None])
+    with pytest.raises(ConfigError, match="2 x 40 tokens"):
+        engine.model(torch.arange(3, 43).repeat(2, 1))
+    with pytest.raises(ConfigError, match="1 x 65 tokens"):
+        engine.model.generate(torch.arange(3, 60)[None], max_new_tokens=20, do_sample=False,
+                              eos_token_id=None)  # fmt: skip
+
+
+def test_generate_splits_long_prompts_by_itself(tiny_store: Path, open_engine: Open) -> None:
+    engine = open_engine(tiny_store, experts="50%")
+    engine.model.generation_config.prefill_chunk_size = 50
+    lengths: list[int] = []
+    engine.model.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    engine.model.generate(torch.arange(3, 123)[None], max_new_tokens=2, do_sample=False)
+    assert lengths[:3] == [50, 50, 20]
+
+
 RUN = """
 import json, sys
 from pathlib import Path
@@ -59,7 +79,9 @@ from fate_moe.models.load import load_tokenizer
 store = Path(sys.argv[1])
 engine = build(store, make_config(ram=sys.argv[2], context_tokens=1024, window=6))
 prompt = "The history of the city begins with a river. " * 80
-answer = Conversation(engine, load_tokenizer(store)).ask(prompt, Sampling(max_new_tokens=16))
+tokenizer = load_tokenizer(store)
+answer = Conversation(engine, tokenizer).ask(prompt, Sampling(max_new_tokens=16))
+engine.model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=4)
 report = engine.report()
 print(json.dumps({
     "peak": report.peak_rss_bytes, "budget": report.budget_bytes, "planned": report.planned_bytes,

@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,9 @@ def test_exports_are_sorted_and_exist(path: Path) -> None:
             names = ast.literal_eval(node.value)
             assert names == sorted(names)
             assert len(set(names)) == len(names)
+            name = "fate_moe." + ".".join(path.relative_to(SRC).parent.parts)
+            module = import_module(name.rstrip("."))
+            assert all(hasattr(module, exported) for exported in names)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
@@ -122,6 +126,13 @@ def test_documented_commands_exist() -> None:
             assert name in known, f"{path.name}: fate {name}"
             for flag in re.findall(r"(?<!\S)(--?[a-z][a-z-]*)", " ".join(rest)):
                 assert flag in options[name], f"{path.name}: fate {name} {flag}"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_document_waits_to_be_filled_in(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert not re.search(r"@[A-Z]+@|TODO|TBD", text)
+    assert not re.search(r"<!-- (measure:\w+) -->\s*<!-- /\1 -->", text)
 
 
 def test_the_changelog_speaks_of_this_version() -> None:

@@ -100,13 +100,31 @@ def test_the_plan_never_exceeds_the_budget(
     assert plan.slots == experts or one_more or load > 0
 
 
-def test_the_cgroup_limits_what_is_available(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("line", "name"), [("0::/a/b", "memory.max"), ("4:memory:/a/b", "memory.limit_in_bytes")]
+)
+def test_the_tightest_cgroup_limits_what_is_available(
+    line: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    limit = tmp_path / "memory.max"
-    monkeypatch.setattr(budget, "_CGROUP_LIMITS", (str(limit),))
+    own = tmp_path / "cgroup"
+    own.write_text(f"3:cpu:/elsewhere\n{line}\n")
+    controller = line.split(":")[1]
+    monkeypatch.setattr(budget, "_OWN_CGROUPS", own)
+    monkeypatch.setattr(budget, "_CGROUP_ROOTS", {controller: (tmp_path, name)})
     assert available_bytes(100, 900) == 1000
-    limit.write_text("600\n")
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / name).write_text("max\n")
+    assert available_bytes(100, 900) == 1000
+    (tmp_path / "a" / name).write_text("600\n")
     assert available_bytes(100, 900) == 600
-    limit.write_text("max\n")
-    assert available_bytes(100, 900) == 1000
+    (tmp_path / "a" / "b" / name).write_text("400\n")
+    assert available_bytes(100, 900) == 400
+
+
+def test_advice_can_be_followed() -> None:
+    tight = Limits(ram=Size(count_bytes=800 * MIB), experts=Size(share=0.5))
+    with pytest.raises(BudgetError) as error:
+        make_plan(tight, demands(slot_bytes=4096, num_experts=100_000), 2**40)
+    advised = str(error.value).split("--experts ")[1].split("KiB")[0]
+    limits = Limits(ram=tight.ram, experts=Size(count_bytes=int(advised) * 1024))
+    assert make_plan(limits, demands(slot_bytes=4096, num_experts=100_000), 2**40).slots == 5120

@@ -69,11 +69,16 @@ class ExpertTable:
         self.spare_slots = spare_slots
         self.evictions = 0
         self.on_drop: Callable[[Entry], None] = lambda entry: None
+        self._make_policy = make_policy
         self._policies = [make_policy(c) for c in capacities]
         self._used = [0] * len(self.capacities)
         self._entries: dict[ExpertKey, Entry] = {}
         self._spare: dict[ExpertKey, Entry] = {}  # oldest first
         self._free = deque(range(sum(capacities) + spare_slots))
+
+    def emptied(self) -> ExpertTable:
+        """Return a table of the same shape in which nothing is resident or learned."""
+        return ExpertTable(self.capacities, self.spare_slots, self._make_policy)
 
     def get(self, key: ExpertKey) -> Entry | None:
         """Return the entry of `key`, resident or in flight, or None."""

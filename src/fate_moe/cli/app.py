@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Annotated
 
 import typer
@@ -12,7 +13,8 @@ from fate_moe import __version__
 app = typer.Typer(
     name="fate",
     help="Run any Mixture-of-Experts language model in a fraction of its memory.",
-    no_args_is_help=True,
+    no_args_is_help=False,
+    invoke_without_command=True,
     add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
@@ -27,11 +29,14 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Run any Mixture-of-Experts language model in a fraction of its memory."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 def main() -> None:
@@ -42,4 +47,13 @@ def main() -> None:
     # Commands register themselves; imported here so that `import fate_moe.cli` stays cheap.
     from fate_moe.cli import chat, generate, stores  # noqa: F401
 
-    app()
+    try:
+        code = app(standalone_mode=False)
+    except Exception as error:
+        # What the option parser has to say, in one line instead of a box.
+        message = getattr(error, "format_message", lambda: "")()
+        if not message:
+            raise
+        print(f"fate: {' '.join(message.split()).rstrip('.')}; try fate --help", file=sys.stderr)  # noqa: T201
+        code = 2
+    sys.exit(code if isinstance(code, int) else 0)

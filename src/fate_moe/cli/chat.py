@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from fate_moe.cli import options
 from fate_moe.cli.app import app
 from fate_moe.cli.generate import open_engine, speed_rows
-from fate_moe.cli.terminal import guarded, say, show_report, stderr
+from fate_moe.cli.terminal import guarded, readable, say, show_report, stderr
 from fate_moe.errors import ConfigError, FateError
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class Dialogue:
 
     def run(self) -> None:
         """Read lines until the end of input or /quit."""
-        stderr.print(f"[dim]{HELP}[/dim]")
+        stderr.print(f"[dim]{HELP}[/dim]", soft_wrap=True)
         while (line := self._read_line()) is not None:
             if line in ("/quit", "/exit"):
                 return
@@ -95,9 +95,12 @@ class Dialogue:
         if sys.stdin.isatty():
             stderr.print("[bold cyan]> [/bold cyan]", end="")
         try:
-            return input().strip()
+            return readable(input().strip(), "line")
         except EOFError:
             return None
+        except (ConfigError, UnicodeDecodeError):
+            stderr.print("fate: that line is no UTF-8 text", markup=False)
+            return ""
 
     def _command(self, line: str) -> None:
         if line == "/stats":
@@ -109,9 +112,9 @@ class Dialogue:
             self._conversation.engine.reset()
             stderr.print("[dim]forgotten[/dim]")
         elif line == "/help":
-            stderr.print(HELP)
+            stderr.print(HELP, soft_wrap=True)
         else:
-            stderr.print(f"unknown command {line}; {HELP}")
+            stderr.print(f"unknown command {line}; {HELP}", markup=False, soft_wrap=True)
 
     def _turn(self, text: str) -> None:
         asked = [*self._messages, {"role": "user", "content": text}]
@@ -126,7 +129,7 @@ class Dialogue:
         except KeyboardInterrupt:
             stderr.print("\n[dim]stopped[/dim]")
         except FateError as error:
-            stderr.print(f"fate: {error}; /reset starts anew", markup=False)
+            stderr.print(f"fate: {error}; /reset starts anew", markup=False, soft_wrap=True)
             return
         say("\n")
         self._messages = [*asked, {"role": "assistant", "content": "".join(heard)}]

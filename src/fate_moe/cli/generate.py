@@ -15,6 +15,7 @@ from fate_moe.cli.terminal import (
     default_cache_dir,
     emit_json,
     guarded,
+    readable,
     say,
     show_report,
 )
@@ -163,4 +164,4 @@ def _read_prompt(prompt: str | None) -> str:
         raise FateError(f"prompt: stdin is no UTF-8 text: {error.reason}") from error
     if not text.strip():
         raise ConfigError("prompt: it is empty")
-    return text
+    return readable(text, "prompt")

@@ -17,7 +17,8 @@ from fate_moe.cli.terminal import (
     fail,
     guarded,
     say,
-    show_report,
+    show_rows,
+    stdout,
 )
 from fate_moe.config import format_bytes
 from fate_moe.errors import ConfigError
@@ -72,8 +73,7 @@ def convert(
     if json_out:
         emit_json({"store": str(store), **_summary(manifest)})
     else:
-        say(f"{store}\n")
-        show_report(_rows(manifest))
+        show_rows([("store", str(store)), *_rows(manifest)], stdout)
 
 
 @app.command()
@@ -98,8 +98,7 @@ def inspect(
     if json_out:
         emit_json({"store": str(folder), **_summary(manifest)})
     else:
-        say(f"{folder}\n")
-        show_report(_rows(manifest))
+        show_rows([("store", str(folder)), *_rows(manifest)], stdout)
 
 
 @app.command()

@@ -28,12 +28,12 @@ from rich.progress import (
 from rich.table import Table
 
 from fate_moe.config import format_bytes
-from fate_moe.errors import FateError
-from fate_moe.telemetry import Report
+from fate_moe.errors import CacheError, ConfigError, FateError
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
+stdout = Console(highlight=False)
 stderr = Console(stderr=True, highlight=False)
 
 
@@ -44,6 +44,8 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return command(*args, **kwargs)
+        except CacheError as error:
+            fail(f"{error}; this is a bug in fate", 1)
         except FateError as error:
             fail(str(error), 2)
         except KeyboardInterrupt:
@@ -75,12 +77,24 @@ def fail(message: str, code: int) -> None:
 
 
 def default_cache_dir() -> Path:
-    """Return FATE_CACHE, or `fate` in XDG_CACHE_HOME or ~/.cache."""
+    """Return FATE_CACHE, or ~/.cache/fate as `fate_moe.load` does."""
+    from fate_moe.engine.prepare import default_cache_dir as library_default
+
     own = os.environ.get("FATE_CACHE")
-    if own:
-        return Path(own).expanduser()
-    xdg = os.environ.get("XDG_CACHE_HOME")
-    return (Path(xdg).expanduser() if xdg else Path.home() / ".cache") / "fate"
+    return Path(own).expanduser() if own else library_default()
+
+
+def readable(text: str, what: str) -> str:
+    """Return text that can be written as UTF-8.
+
+    Raises:
+        ConfigError: it came from bytes that are no UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{what}: it is no UTF-8 text") from error
+    return text
 
 
 def say(text: str) -> None:
@@ -96,17 +110,21 @@ def emit_json(data: object) -> None:
 
 def show_report(rows: list[tuple[str, str]]) -> None:
     """Write (name, text) rows to stderr."""
+    show_rows(rows, stderr)
+
+
+def show_rows(rows: list[tuple[str, str]], console: Console) -> None:
+    """Write (name, text) rows: a table on a terminal, one plain line each elsewhere."""
+    if not console.is_terminal:
+        for name, text in rows:
+            print(f"{name}: {text}", file=console.file)
+        return
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold cyan", justify="right", no_wrap=True)
     table.add_column(overflow="fold")
     for name, text in rows:
         table.add_row(name, text)
-    stderr.print(table)
-
-
-def report_rows(report: Report, speed: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Put a run's speed before its report."""
-    return speed + report.rows()
+    console.print(table)
 
 
 class TerminalProgress:

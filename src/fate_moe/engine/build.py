@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import json
 import weakref
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fate_moe.cache import ExpertTable, make_cache
 from fate_moe.compute import EagerExperts
 from fate_moe.config import Config
+from fate_moe.engine.demands import PREFILL_CHUNK_TOKENS
 from fate_moe.engine.handle import Engine
 from fate_moe.engine.plan import Blueprint, draw
-from fate_moe.errors import FormatError
+from fate_moe.errors import ConfigError, FormatError
 from fate_moe.memory import Arena
 from fate_moe.models.load import load_residents
 from fate_moe.models.seam import MoESite
@@ -28,7 +31,6 @@ from fate_moe.prefetch.mover import Mover
 from fate_moe.quant.codec import decode
 from fate_moe.quant.record import RecordLayout
 from fate_moe.store.reader import FileReader, RecordReader
-from fate_moe.telemetry import restart_peak
 from fate_moe.types import ExpertKey, Progress, no_progress
 
 
@@ -49,7 +51,6 @@ def build(
     Raises:
         FateError: as `plan.draw`; ReadError when a preloaded expert cannot be read.
     """
-    restart_peak()  # what came before, such as a conversion, is not this run's
     blueprint = draw(store, config)
     if config.compute.threads is not None:
         torch.set_num_threads(config.compute.threads)
@@ -75,8 +76,11 @@ def build(
     except BaseException:
         _stop(mover, reader)
         raise
-    engine = Engine(blueprint, model, mover, reader, _mode(blueprint, reader, sites))
+    engine = Engine(blueprint, model, mover, reader, sum(site.askable is None for site in sites))
     model.fate = engine
+    # Whoever calls `model.generate` gets the plan's bounds too.
+    model.generation_config.prefill_chunk_size = PREFILL_CHUNK_TOKENS
+    model.register_forward_pre_hook(_context_guard(blueprint.context_tokens), with_kwargs=True)
     # A model that is dropped without `close` gives its threads, files and slots back too.
     weakref.finalize(model, _stop, mover, reader)
     return engine
@@ -141,16 +145,19 @@ def _check_sites(blueprint: Blueprint, sites: list[MoESite]) -> None:
         )
 
 
-def _mode(blueprint: Blueprint, reader: RecordReader, sites: list[MoESite]) -> str:
-    config = blueprint.config
-    bits = blueprint.manifest.quantization.get("bits", 4)
-    parts = [
-        f"policy {config.policy} (predictor {config.predict.predictor}, cache "
-        f"{config.cache.cache}, allocation {config.cache.allocation})",
-        f"experts INT{bits}, computed in {str(blueprint.dtype).removeprefix('torch.')}",
-        f"{reader.mode} reads",
-    ]
-    blind = sum(site.askable is None for site in sites)
-    if blind and config.predict.predictor == "cross_layer":
-        parts.append(f"no guesses for {blind} layers whose router needs more than its gate input")
-    return "; ".join(parts)
+def _context_guard(most: int) -> Callable[..., None]:
+    """Refuse a step that would grow the key/value cache beyond what was planned."""
+
+    def guard(module: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if not isinstance(ids, torch.Tensor):
+            return
+        past = kwargs.get("past_key_values")
+        length = ids.shape[1] + (0 if past is None else int(past.get_seq_length()))
+        if ids.shape[0] * length > most:
+            raise ConfigError(
+                f"prompt: {ids.shape[0]} x {length} tokens, the plan has room for {most} with the "
+                "answer; shorten it or raise context_tokens (--context)"
+            )
+
+    return guard

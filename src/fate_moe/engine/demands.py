@@ -80,7 +80,7 @@ def _workspace_bytes(
     per_token = (
         (12 + skeleton.top_k) * skeleton.hidden  # live hidden states and the experts' parts
         + 3 * max(widths, default=skeleton.hidden)  # the widest feed-forward: gate, up, product
-        + context  # one row of the attention mask
+        + context * skeleton.mask_rows  # attention mask or scores
     )
     scores = 4 * vocabulary * 4  # float32 logits of the last position and their copies
     # One expert being unpacked: codes, float32 weights and the model's dtype, 12 bytes a weight

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fate_moe.engine.demands import PREFILL_CHUNK_TOKENS
 from fate_moe.engine.handle import Engine
 from fate_moe.errors import ConfigError
+from fate_moe.models.load import quiet_transformers
 
 OnText = Callable[[str], None]
 Message = dict[str, str]
@@ -36,6 +36,8 @@ class Sampling:
             raise ConfigError(f"max-new-tokens: have {self.max_new_tokens}, need 1 or more")
         if not 0 <= self.temperature <= 10:
             raise ConfigError(f"temperature: have {self.temperature}, need 0 to 10")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed: have {self.seed}, need 0 to 2**63 - 1")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top-p: have {self.top_p}, need more than 0 and at most 1")
 
@@ -113,12 +115,13 @@ class Conversation:
         self._seen, self._kv = [], None
 
     def _encode(self, prompt: str | Sequence[Message]) -> list[int]:
-        if isinstance(prompt, str):
-            ids = self._tokenizer(prompt)["input_ids"]
-        else:
-            ids = self._tokenizer.apply_chat_template(
-                list(prompt), add_generation_prompt=True, tokenize=True, return_dict=True
-            )["input_ids"]
+        with quiet_transformers():
+            if isinstance(prompt, str):
+                ids = self._tokenizer(prompt)["input_ids"]
+            else:
+                ids = self._tokenizer.apply_chat_template(
+                    list(prompt), add_generation_prompt=True, tokenize=True, return_dict=True
+                )["input_ids"]
         if not ids:
             raise ConfigError("prompt: it is empty; give at least one token")
         return [int(i) for i in ids]
@@ -150,16 +153,16 @@ class Conversation:
             torch.manual_seed(sampling.seed)
         tokens = torch.tensor([ids])
         greedy = sampling.temperature == 0
-        choice = {} if greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p}
-        new = len(ids) - self._kv.get_seq_length()
-        chunk = PREFILL_CHUNK_TOKENS if new > PREFILL_CHUNK_TOKENS else None
+        # Nothing but what the user named: no top-k of 50, no penalty from the checkpoint.
+        choice: dict[str, float] = {"repetition_penalty": 1.0}
+        if not greedy:
+            choice |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         out: Tensor = self.engine.model.generate(
             input_ids=tokens,
             attention_mask=torch.ones_like(tokens),
             past_key_values=self._kv,
             max_new_tokens=max_new_tokens,
             do_sample=not greedy,
-            prefill_chunk_size=chunk,
             streamer=clock,
             **choice,
         )

@@ -21,19 +21,37 @@ class Engine:
         model: the transformers model whose experts this engine serves.
         mover: the tables, the reads and their counts.
         reader: the store's reader.
-        mode: in words, what this run does and every way it differs from the checkpoint.
+        blind_layers: layers whose router cannot be asked from its gate input alone.
     """
 
     blueprint: Blueprint
     model: Any
     mover: Mover
     reader: RecordReader
-    mode: str
+    blind_layers: int
 
     @property
     def context_tokens(self) -> int:
         """Prompt and answer together."""
         return self.blueprint.context_tokens
+
+    @property
+    def mode(self) -> str:
+        """In words, what this run does and every way it differs from the checkpoint."""
+        blueprint, config = self.blueprint, self.blueprint.config
+        parts = [
+            f"policy {config.policy} (predictor {config.predict.predictor}, cache "
+            f"{config.cache.cache}, allocation {config.cache.allocation})",
+            f"experts INT{blueprint.manifest.quantization.get('bits', 4)}, computed in "
+            f"{str(blueprint.dtype).removeprefix('torch.')}",
+            f"{self.reader.mode} reads",
+        ]
+        if self.blind_layers and config.predict.predictor == "cross_layer":
+            parts.append(
+                f"no guesses for {self.blind_layers} layers whose router needs more than its gate "
+                "input"
+            )
+        return "; ".join(parts)
 
     def report(self) -> Report:
         """Say what happened since the engine was built or `reset`."""

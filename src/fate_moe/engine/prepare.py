@@ -11,9 +11,13 @@ import gc
 import hashlib
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from fate_moe.errors import ModelError
+import torch
+
+from fate_moe.errors import ConfigError, ModelError
 from fate_moe.models.checkpoint import open_checkpoint
 from fate_moe.reference import SMOLMOE, build_smolmoe
 from fate_moe.store.convert import convert, is_made_from
@@ -27,7 +31,10 @@ _PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "LICENSE*
 
 def default_cache_dir() -> Path:
     """Return where models and stores are kept unless the caller says otherwise."""
-    return Path.home() / ".cache" / "fate"
+    try:
+        return Path.home() / ".cache" / "fate"
+    except RuntimeError as error:
+        raise ConfigError("cache folder: you have no home folder; name one") from error
 
 
 def find_store(
@@ -80,20 +87,24 @@ def convert_model(
     if folder is not None and is_store(folder):
         raise ModelError(f"{model}: is a store already; give the checkpoint it was made from")
     checkpoint = find_checkpoint(model, cache_dir=cache_dir, revision=revision, progress=progress)
-    store = out or cached_store(model, cache_dir)
+    store = out or cached_store(model, cache_dir, revision)
     with open_checkpoint(
         checkpoint, group=group_size, source_id=model, revision=revision
     ) as source:
         stale = out is None and is_store(store) and not is_made_from(read_manifest(store), source)
-        manifest = convert(source, store, force=force or stale, progress=progress)
+        with _one_thread():
+            manifest = convert(
+                source, store, force=force or stale, wait=out is None, progress=progress
+            )
     _give_memory_back()
     return store, manifest
 
 
-def cached_store(model: str, cache_dir: Path) -> Path:
+def cached_store(model: str, cache_dir: Path, revision: str | None = None) -> Path:
     """Return where the store of a model lies in the cache folder, made or not."""
     folder = _folder(model)
-    name = re.sub(r"[^A-Za-z0-9.-]+", "-", model).strip("-.")[-60:] or "model"
+    whole = model if revision is None else f"{model}@{revision}"
+    name = re.sub(r"[^A-Za-z0-9.@_-]+", "--", whole).strip("-.")[-80:] or "model"
     if folder is not None:  # two folders of one name must not share a store
         name += "-" + hashlib.blake2b(bytes(folder.resolve()), digest_size=4).hexdigest()
     return cache_dir / "stores" / name
@@ -129,6 +140,18 @@ def find_checkpoint(
     if _HUB_ID.fullmatch(model):
         return _download(model, revision)
     raise ModelError(f"{model}: no such folder; give {SMOLMOE}, a folder, or a hub id (owner/name)")
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    # Quantizing is many small operations; a second thread gains little and, beside one busy
+    # process, costs several times the time (docs/experiments.md).
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _folder(model: str) -> Path | None:

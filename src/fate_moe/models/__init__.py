@@ -1,1 +1,1 @@
-"""The seam into transformers; the only package, with `reference/`, that imports it."""
+"""The seam into transformers: the only package that knows how its models are built inside."""

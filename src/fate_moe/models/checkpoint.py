@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fate_moe.errors import FormatError, ModelError
 from fate_moe.models.expert_index import ExpertIndex, ExpertLayer, index_experts
@@ -20,7 +20,7 @@ from fate_moe.models.load import read_skeleton
 from fate_moe.models.shards import FLOATS, Shards, file_digest, read_json
 from fate_moe.quant.codec import encode
 from fate_moe.quant.record import BiasSpec, MatrixSpec, RecordLayout, choose_group
-from fate_moe.store.convert import SourceLayer, SourceTensor
+from fate_moe.store.convert import SourceLayer, SourceTensor, small_files
 from fate_moe.store.format import Source, is_store
 from fate_moe.store.header import ITEM_BYTES
 from fate_moe.types import ExpertKey
@@ -46,8 +46,8 @@ def open_checkpoint(
     """
     family = _check_config(folder)
     shards = Shards(folder)
-    index = index_experts(_skeleton(folder, family), family, shards)
-    files = {"config.json": file_digest(folder / "config.json"), **shards.digests}
+    index = index_experts(read_skeleton(folder).module, family, shards)
+    files = {name: file_digest(folder / name) for name in small_files(folder)} | shards.digests
     name = source_id or folder.resolve().name
     return CheckpointSource(folder, Source(name, revision, files), shards, index, group)
 
@@ -161,15 +161,6 @@ def record_layout(layer: ExpertLayer, group: int) -> RecordLayout:
         where = f"{layer.path}.{name}"
         matrices.append(MatrixSpec(name, rows, cols, choose_group(where, cols, group)))
     return RecordLayout(tuple(matrices), tuple(biases))
-
-
-def _skeleton(folder: Path, family: str) -> nn.Module:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    # A family that transformers knows has local code: nothing ever asks to run the repository's.
-    if family not in CONFIG_MAPPING:
-        raise ModelError(f"{folder}: model_type {family!r:.80} is unknown to transformers")
-    return read_skeleton(folder).module
 
 
 def _check_config(folder: Path) -> str:

@@ -7,6 +7,7 @@ transformers' own table of model types.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,8 +18,10 @@ import torch
 from torch import nn
 
 from fate_moe.errors import ModelError
-from fate_moe.models.seam import MoESite, experts_left_out, find_experts, find_sites
+from fate_moe.models.seam import MoESite, experts_left_out, find_sites
 
+_MAX_CONFIG_BYTES = 1 << 24
+_SMALL_BYTES = 1 << 20
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -75,6 +78,12 @@ class Skeleton:
         return int(text.num_hidden_layers * per_layer * dtype.itemsize)
 
     @property
+    def mask_rows(self) -> int:
+        """Score rows that attention keeps per token of a chunk: one per head where it is eager."""
+        eager = not getattr(self.module, "_supports_sdpa", True)
+        return 2 * int(self._text.num_attention_heads) if eager else 1
+
+    @property
     def _text(self) -> Any:
         return self.config.get_text_config()
 
@@ -94,7 +103,8 @@ def read_skeleton(folder: Path) -> Skeleton:
         StrictDataclassError, TypeError, ValueError,
     )  # fmt: skip
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        _check_family(folder)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
             module = AutoModelForCausalLM.from_config(config)
     except refusals as error:
@@ -102,6 +112,18 @@ def read_skeleton(folder: Path) -> Skeleton:
         raise ModelError(f"{folder}: transformers refuses config.json: {why}") from error
     dtype = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
     return Skeleton(config, module, dtype if isinstance(dtype, torch.dtype) else torch.float32)
+
+
+def _check_family(folder: Path) -> None:
+    # A family that transformers has is built by its code; any other would need the folder's own,
+    # which transformers offers to run. It is never asked to.
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    with (folder / "config.json").open("rb") as file:
+        fields = json.loads(file.read(_MAX_CONFIG_BYTES))
+    family = fields.get("model_type") if isinstance(fields, dict) else None
+    if not isinstance(family, str) or family not in CONFIG_MAPPING:
+        raise ModelError(f"{folder}: model_type {family!r:.80} is unknown to transformers")
 
 
 def choose_dtype(name: str, saved: torch.dtype) -> torch.dtype:
@@ -134,7 +156,7 @@ def load_residents(
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, output_loading_info=True, local_files_only=True,
-                use_safetensors=True,
+                trust_remote_code=False, use_safetensors=True,
             )  # fmt: skip
         except (OSError, ValueError, RuntimeError) as error:
             raise ModelError(f"{folder}: {_first_line(error)}") from error
@@ -145,21 +167,25 @@ def load_residents(
                 f"{folder}: {len(info[kind])} {kind.replace('_', ' ')} in the store, first {first};"
                 " convert the model again"
             )
-    if dtype is skeleton.dtype:  # else the cast has copied every tensor already
-        own_memory(model)
+    own_memory(model, whole=dtype is skeleton.dtype)
     model.eval()
     return model, find_sites(model, skeleton.hidden, dtype)
 
 
-def own_memory(model: nn.Module) -> None:
-    """Move every weight that is a view of a mapped file into memory of its own.
+def own_memory(model: nn.Module, *, whole: bool) -> None:
+    """Move weights that may be views of a mapped file into memory of their own.
 
     A mapped file that is cut short kills the process, and its tensors lie at whatever alignment
     the file has, on which the last bits of a matrix product depend.
+
+    Args:
+        whole: the large tensors too. They need not move when a cast has copied them already;
+            small ones (norms, biases) may be kept in another dtype than the rest.
     """
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
-            tensor.data = tensor.data.clone()
+            if whole or tensor.numel() * tensor.itemsize <= _SMALL_BYTES:
+                tensor.data = tensor.data.clone()
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -172,7 +198,9 @@ def load_tokenizer(folder: Path) -> Any:
 
     try:
         with quiet_transformers():
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            return AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(f"{folder}: no usable tokenizer: {_first_line(error)}") from error
 
@@ -191,11 +219,6 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-
-
-def has_experts(skeleton: Skeleton) -> bool:
-    """Say whether the family uses the experts interface."""
-    return bool(find_experts(skeleton.module))
 
 
 def _has_native_bfloat16() -> bool:

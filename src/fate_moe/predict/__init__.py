@@ -29,7 +29,7 @@ class Predictor(Protocol):
     """Guesses ahead of the router. Never changes what is computed."""
 
     width: int
-    """Most experts that one decode step may be guessed to need; 0 = never guesses."""
+    """Experts guessed per decode step beyond which only the router's own top-k go; 0 = none."""
 
     def next(self, layer: int, gate_input: Tensor) -> Prediction | None:
         """Guess from the gate input [T, D] of `layer`, or None when there is nothing to say."""

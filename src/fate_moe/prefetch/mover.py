@@ -6,25 +6,28 @@ It knows records as bytes and slots as numbers, never tensors.
 
     speculate(prediction)   a guess: may be read when no demand waits, may be dropped
     lease(layer, experts)   a need: the experts as they land, residents first, locked until used
+
+One lease is open at a time; other threads wait for it. An interrupt (Ctrl-C) may tear a critical
+section apart; the next lease sees that and starts from an empty table, which costs time, never
+tokens.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from types import TracebackType
+from dataclasses import dataclass
 
 from fate_moe.cache.table import Entry, ExpertTable
 from fate_moe.errors import CacheError
+from fate_moe.prefetch.lease import POLL_S, Lease
 from fate_moe.prefetch.queue import ReadQueue
 from fate_moe.store.reader import RecordReader
 from fate_moe.telemetry import Counts, LinkMeter, MovingAverage, Telemetry
 from fate_moe.types import ExpertKey, Phase, Prediction
-
-_POLL_S = 60.0
-"""Longest a lease waits without any landing before it says that the readers are stuck."""
 
 
 class Mover:
@@ -57,15 +60,16 @@ class Mover:
         self._slot_view = slot_view
         self._record_bytes = tuple(record_bytes)
         self._window = window
-        self._queue = ReadQueue(table.spare_slots * max(record_bytes, default=0))
+        self._queue = ReadQueue()
         self._changed = threading.Condition()
         self._failed: dict[ExpertKey, Exception] = {}
         self._predictions: dict[int, Prediction] = {}
         self._wishes: deque[ExpertKey] = deque()  # guessed, but without a slot so far
         self._guesses_left = 0
-        self._compute_s = MovingAverage()
-        self._turn_began_s: float | None = None
-        self._stall_at_turn_s = 0.0
+        self._compute_s = {phase: MovingAverage() for phase in Phase}
+        self._turn: _Turn | None = None
+        self._owner: int | None = None  # thread that holds the open lease
+        self._torn = False  # a critical section was left half-way
         self._closed = False
         table.on_drop = self._count_waste
         self._threads = [
@@ -84,7 +88,7 @@ class Mover:
         if prediction is None:
             return
         layer = prediction.layer
-        with self._changed:
+        with self.section():
             self._predictions[layer] = prediction
             self._wishes.extend(ExpertKey(layer, expert) for expert in prediction.ranked)
             self._guesses_left = self._allowed_guesses(self._record_bytes[layer])
@@ -101,21 +105,36 @@ class Mover:
             A context manager that yields (expert, slot) as experts land.
         Cost: a hit O(1) and no copy; a miss one read of the record.
         """
-        if self._closed:
-            raise CacheError("the engine is closed; load the model again")
         with self._changed:
-            self._end_turn()
+            self._take_ownership()
+        with self.section():
+            self._begin_turn(layer, phase)
             self._wishes.clear()
-            for stale in self._queue.cancel(self._is_unwanted(layer, set(experts))):
-                self.telemetry.guesses_cancelled += 1
-                self.telemetry.bytes_speculated -= self._record_bytes[stale.key.layer]
-                self.telemetry.guesses -= 1
-                self.table.drop(stale)
+            wanted = {ExpertKey(layer, expert) for expert in experts}
+            for stale in self._queue.cancel(lambda key: key not in wanted):
+                self._take_back_guess(stale)
             keys = [ExpertKey(layer, e) for e in experts]
-            self._count(layer, experts, [self.table.get(k) for k in keys], phase)
-            lease = Lease(self, self._changed, keys)
+            self._count(keys, phase)
+            return Lease(self, self._changed, keys)
+
+    @contextlib.contextmanager
+    def section(self) -> Iterator[None]:
+        """Hold the lock; an exception that leaves the section half-way marks the table as torn."""
+        with self._changed:
+            torn, self._torn = self._torn, True
+            yield
+            self._torn = torn
+
+    @property
+    def is_torn(self) -> bool:
+        """Whether the table can no longer be trusted and the next lease will start it anew."""
+        return self._torn
+
+    def end_lease(self) -> None:
+        """Let the next lease begin."""
+        with self._changed:
+            self._owner = None
             self._changed.notify_all()
-        return lease
 
     def preload(self, keys: Sequence[ExpertKey], tick: Callable[[int], None]) -> None:
         """Read experts into free slots of their regions before the first request.
@@ -141,8 +160,12 @@ class Mover:
         tick(len(entries))
 
     def reset(self) -> None:
-        """Set all counts to zero; residents stay."""
-        with self._changed:
+        """Set all counts to zero; residents stay, guesses that nobody asked for so far go."""
+        with self.section():
+            for entry in self._queue.cancel(lambda key: True):
+                self.table.drop(entry)
+            for entry in self.table.entries():
+                entry.guessed = False  # what was guessed before does not count as a guess now
             self.table.evictions = 0
             self.telemetry.reset()
 
@@ -173,10 +196,10 @@ class Mover:
             key = self._wishes[0]
             read_bytes = self._record_bytes[key.layer]
             if self.table.get(key) is None:
-                entry = self.table.place_guess(key) if self._queue.has_room(read_bytes) else None
+                entry = self.table.place_guess(key)
                 if entry is None:
                     return
-                self._queue.push_guess(entry, read_bytes)
+                self._queue.push_guess(entry)
                 self.telemetry.guesses += 1
                 self.telemetry.bytes_speculated += read_bytes
                 self._guesses_left -= 1
@@ -189,6 +212,7 @@ class Mover:
 
     def join(self, key: ExpertKey, entry: Entry) -> None:
         """Lock an expert that has a slot; a guess still queued becomes a demand."""
+        self._failed.pop(key, None)  # of a lease that ended before its read did
         if entry.guessed and not entry.used:
             self.telemetry.guesses_used += 1
         entry.locks += 1
@@ -196,51 +220,84 @@ class Mover:
 
     def abandon(self, entry: Entry) -> None:
         """End a lease on an expert that was not computed; an unstarted read is withdrawn."""
-        if self._queue.withdraw(entry.key) is not None:
-            self.table.drop(entry)
-        elif self.table.get(entry.key) is entry:
+        if self._queue.withdraw(entry.key) is None:
             self.table.unlock(entry)
+        elif entry.guessed:
+            self.telemetry.guesses_used -= 1
+            self._take_back_guess(entry)
+        else:
+            self.telemetry.bytes_demand -= self._record_bytes[entry.key.layer]
+            self.table.drop(entry)
 
     def end_stall(self, seconds: float) -> None:
         """Book time that computing waited for bytes."""
         self.telemetry.stall_s += seconds
 
+    def _take_back_guess(self, entry: Entry) -> None:
+        self.telemetry.guesses -= 1
+        self.telemetry.bytes_speculated -= self._record_bytes[entry.key.layer]
+        self.table.drop(entry)
+
+    def _take_ownership(self) -> None:
+        me = threading.get_ident()
+        if self._owner == me:  # this thread's last lease was interrupted before it could end
+            self._owner, self._torn = None, True
+        while self._owner is not None and not self._closed:
+            if not self._changed.wait(POLL_S):
+                raise CacheError(f"another thread has been computing for over {POLL_S:.0f} s")
+        if self._closed:
+            raise CacheError("the engine is closed; load the model again")
+        self._owner = me
+        if self._torn:
+            self._start_anew()
+
+    def _start_anew(self) -> None:
+        while self._queue.pop() is not None:
+            pass
+        while self.link.active and self._changed.wait(POLL_S):
+            pass  # readers still fill slots of the old table
+        evictions = self.table.evictions
+        self.table = self.table.emptied()
+        self.table.evictions = evictions
+        self.table.on_drop = self._count_waste
+        self._failed.clear()
+        self._torn = False
+
     def _allowed_guesses(self, read_bytes: int) -> int:
         if self._window is not None:
             return self._window
-        rate, compute_s = self.link.bytes_per_s, self._compute_s.value
+        compute_s = None if self._turn is None else self._compute_s[self._turn.phase].value
+        rate = self.link.bytes_per_s
         if rate is None or compute_s is None:
             return self.table.spare_slots
         return int(compute_s * rate / read_bytes)
 
-    def _end_turn(self) -> None:
+    def _begin_turn(self, layer: int, phase: Phase) -> None:
         # One turn = from one layer's demand to the next layer's; what it did not spend waiting
-        # is the time that a guess made in it can hide behind.
-        now, stalled = time.perf_counter(), self.telemetry.stall_s
-        if self._turn_began_s is not None:
-            spent = now - self._turn_began_s - max(0.0, stalled - self._stall_at_turn_s)
-            self._compute_s.add(spent)
-        self._turn_began_s, self._stall_at_turn_s = now, stalled
+        # is the time that a guess made in it can hide behind. What lies between two forward
+        # steps (sampling, a person who thinks) is no turn.
+        now, stalled, last = time.perf_counter(), self.telemetry.stall_s, self._turn
+        if last is not None and layer > last.layer:
+            self._compute_s[last.phase].add(now - last.began_s - (stalled - last.stalled_s))
+        self._turn = _Turn(layer, phase, now, stalled)
 
-    def _is_unwanted(self, layer: int, wanted: set[int]) -> Callable[[ExpertKey], bool]:
-        return lambda key: key.layer != layer or key.expert not in wanted
-
-    def _count(
-        self, layer: int, experts: Sequence[int], found: list[Entry | None], phase: Phase
-    ) -> None:
-        counts = Counts(requests=len(experts))
-        for entry in found:
+    def _count(self, keys: Sequence[ExpertKey], phase: Phase) -> None:
+        counts = Counts(requests=len(keys))
+        for key in keys:
+            entry = self.table.get(key)
             if entry is None:
                 counts.misses += 1
                 continue
             counts.hits += entry.resident
             counts.late += not entry.resident
             counts.saved += entry.guessed and not entry.used
+        layer = keys[0].layer
         prediction = self._predictions.pop(layer, None)
         if prediction is not None:
+            experts = {key.expert for key in keys}
             counts.recall_of = len(experts)
-            counts.recall_hit = len(set(experts) & set(prediction.ranked))
-            counts.core_hit = len(set(experts) & set(prediction.ranked[: prediction.core]))
+            counts.recall_hit = len(experts & set(prediction.ranked))
+            counts.core_hit = len(experts & set(prediction.ranked[: prediction.core]))
         self.telemetry.counts[phase][layer].add(counts)
 
     def _count_waste(self, entry: Entry) -> None:
@@ -269,6 +326,8 @@ class Mover:
                 self._changed.notify_all()
 
     def _settle(self, entry: Entry, failure: Exception | None) -> None:
+        if self.table.get(entry.key) is not entry:
+            return  # the table was started anew meanwhile
         if failure is None:
             self.table.landed(entry)
             return
@@ -277,97 +336,9 @@ class Mover:
             self._failed[entry.key] = failure
 
 
-class Lease:
-    """The experts one layer needs now: yields (expert, slot) as they land, residents first.
-
-    Each expert is locked from the start of the lease until the next one is asked for, or the
-    lease ends. Made by `Mover.lease`; used by one thread.
-    """
-
-    def __init__(self, mover: Mover, changed: threading.Condition, keys: list[ExpertKey]) -> None:
-        """Lock what has a slot, place what has none. Runs under the mover's lock."""
-        self._mover = mover
-        self._changed = changed
-        self._held: dict[ExpertKey, Entry] = {}
-        self._homeless: list[ExpertKey] = []
-        self._current: ExpertKey | None = None
-        found = {key: mover.table.get(key) for key in keys}
-        # Lock first: no expert of this lease may make room for another one of it.
-        for key, entry in found.items():
-            if entry is not None:
-                mover.join(key, entry)
-                self._held[key] = entry
-        for key, entry in found.items():
-            if entry is not None:
-                mover.table.touch(entry)
-            else:
-                mover.table.note_miss(key)
-                self._homeless.append(key)
-        self._place_homeless()
-
-    def __enter__(self) -> Lease:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        with self._changed:
-            self._homeless.clear()
-            self._release_current()
-            for entry in self._held.values():
-                self._mover.abandon(entry)
-            self._held.clear()
-            self._changed.notify_all()
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        """Yield (expert, slot).
-
-        Raises:
-            ReadError: a record of this lease could not be read.
-        """
-        while True:
-            with self._changed:
-                self._release_current()
-                if not self._held and not self._homeless:
-                    return
-                key = self._wait_for_one()
-                self._current = key
-                slot = self._held[key].slot
-            yield key.expert, slot
-
-    def _wait_for_one(self) -> ExpertKey:
-        began: float | None = None
-        while True:
-            self._place_homeless()
-            for key, entry in self._held.items():
-                if entry.resident:
-                    if began is not None:
-                        self._mover.end_stall(time.perf_counter() - began)
-                    return key
-                failure = self._mover.take_failure(key)
-                if failure is not None:
-                    del self._held[key]
-                    raise failure
-            began = time.perf_counter() if began is None else began
-            if not self._changed.wait(_POLL_S):
-                raise CacheError(f"no read landed within {_POLL_S:.0f} s; is the disk gone?")
-
-    def _release_current(self) -> None:
-        if self._current is not None:
-            self._mover.table.unlock(self._held.pop(self._current))
-            self._current = None
-            self._place_homeless()
-            if not self._homeless:
-                self._mover.place_guesses()  # the slot that came free may serve one
-            self._changed.notify_all()
-
-    def _place_homeless(self) -> None:
-        while self._homeless:
-            entry = self._mover.place(self._homeless[0])
-            if entry is None:
-                return
-            entry.locks += 1
-            self._held[self._homeless.pop(0)] = entry
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    layer: int
+    phase: Phase
+    began_s: float
+    stalled_s: float

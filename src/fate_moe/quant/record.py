@@ -176,9 +176,7 @@ class RecordLayout:
         if type(top["bits"]) is not int or top["bits"] != cls.bits:
             raise FormatError(f"layout: bits is {top['bits']!r}, this version reads {cls.bits}")
         matrices = [
-            MatrixSpec(
-                **_typed(item, "matrix", {"name": str, "rows": int, "cols": int, "group": int})
-            )
+            MatrixSpec(**_typed(item, "matrix", _MATRIX_FIELDS))
             for item in _items(top["matrices"], "matrices")
         ]
         biases = [

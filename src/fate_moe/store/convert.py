@@ -117,7 +117,12 @@ class ExpertSource(Protocol):
 
 
 def convert(
-    source: ExpertSource, out: Path, *, force: bool = False, progress: Progress = no_progress
+    source: ExpertSource,
+    out: Path,
+    *,
+    force: bool = False,
+    wait: bool = False,
+    progress: Progress = no_progress,
 ) -> Manifest:
     """Write `source` as a store.
 
@@ -125,6 +130,7 @@ def convert(
         source: the model.
         out: folder of the store; must not exist, or hold a store.
         force: replace a store that stands at `out`, once the new one is complete.
+        wait: let another process that converts to `out` finish, instead of refusing.
         progress: receives bytes written of bytes to write.
     Returns:
         The manifest; at once if `out` already is the store of this source with these options.
@@ -137,8 +143,11 @@ def convert(
     """
     out = out.absolute()
     try:
+        found = _existing(source, out, force)
+        if found is not None:  # needs no lock, and no right to write
+            return found
         out.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{out}.lock", timeout=0):
+        with FileLock(out.with_name(f".{out.name}.lock"), timeout=-1 if wait else 0):
             found = _existing(source, out, force)
             return found if found is not None else _Job(source, out, progress).run()
     except Timeout as error:
@@ -271,7 +280,7 @@ class _Job:
                 yield self._count(_COPYING, piece)
 
     def _small_files(self) -> None:
-        for name in _small_files(self._source.folder):
+        for name in small_files(self._source.folder):
             path = self._source.folder / name
             if path.stat().st_size > _MAX_COPIED_BYTES:
                 raise ModelError(f"{path}: larger than {_MAX_COPIED_BYTES} bytes")
@@ -293,7 +302,7 @@ class _Job:
         self._progress(what, self._done[what], self._totals[what])
 
 
-def _small_files(folder: Path) -> list[str]:
+def small_files(folder: Path) -> list[str]:
     """Name config, tokenizer, chat template and licence files, relative to `folder`."""
     names = [
         path.name

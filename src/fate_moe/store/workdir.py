@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from fate_moe.errors import FormatError
+from fate_moe.errors import FormatError, StoreError
 from fate_moe.store.fields import Fields
 from fate_moe.store.format import CHECKSUM
 from fate_moe.store.header import load_json
@@ -39,7 +40,8 @@ class Workdir:
         """Take up the journal that is there, or start with an empty folder."""
         journal = self._read_journal()
         if journal is None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            if self.folder.exists():
+                self._remove_own()
             self.folder.mkdir()
             self._write_journal()
         else:
@@ -78,14 +80,20 @@ class Workdir:
 
     def publish(self) -> None:
         """Rename the folder to the store's name; an old store goes when the new one stands."""
-        old = self._out.with_name(self._out.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
+        old = None
         if self._out.exists():
-            self._out.rename(old)
+            old = Path(tempfile.mkdtemp(prefix=f".{self._out.name}.old-", dir=self._out.parent))
+            self._out.rename(old / self._out.name)
         self.folder.rename(self._out)
         _sync_folder(self._out.parent)
         (self._out / JOURNAL_FILE).unlink(missing_ok=True)
-        shutil.rmtree(old, ignore_errors=True)
+        if old is not None:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def _remove_own(self) -> None:
+        if any(self.folder.iterdir()) and not (self.folder / JOURNAL_FILE).is_file():
+            raise StoreError(f"{self.folder}: is in the way and not ours; move it or remove it")
+        shutil.rmtree(self.folder)
 
     def _read_journal(self) -> dict[str, tuple[int, list[str]]] | None:
         path = self.folder / JOURNAL_FILE

@@ -256,6 +256,9 @@ class TestBadInput:
             ("--temperature", "nan", "temperature"),
             ("--top-p", "0", "top-p"),
             ("--max-new-tokens", "0", "max-new-tokens"),
+            ("--seed", str(10**30), "seed"),
+            ("--threads", str(10**12), "threads"),
+            ("--ram", "9" * 310, "more than any machine has"),
             ("--experts", "0%", "experts: have 0 slots"),
         ],
     )

@@ -5,10 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 from fate_moe.engine.prepare import cached_store, convert_model, find_checkpoint, find_store
-from fate_moe.errors import ModelError
+from fate_moe.errors import ModelError, StoreError
 from fate_moe.store.format import read_manifest
 
 
@@ -33,7 +34,7 @@ def test_a_changed_checkpoint_is_converted_again(checkpoint: Path, tmp_path: Pat
 def test_the_manifest_names_the_model(checkpoint: Path, tmp_path: Path) -> None:
     _, manifest = convert_model(str(checkpoint), tmp_path / "out", cache_dir=tmp_path)
     assert manifest.source.id == str(checkpoint)
-    assert set(manifest.source.files) == {"config.json", "model.safetensors"}
+    assert set(manifest.source.files) >= {"config.json", "model.safetensors", "tokenizer.json"}
 
 
 def test_two_folders_of_one_name_have_two_stores(tmp_path: Path) -> None:
@@ -43,6 +44,9 @@ def test_two_folders_of_one_name_have_two_stores(tmp_path: Path) -> None:
         folder.mkdir(parents=True)
         places.add(cached_store(str(folder), tmp_path))
     assert len(places) == 2
+    names = ("a/b-c", "a-b/c", "a/b--c", "a/b-c@main")
+    assert len({cached_store(name, tmp_path) for name in names}) >= 3
+    assert cached_store("a/b", tmp_path) != cached_store("a/b", tmp_path, "main")
 
 
 def test_names_cannot_leave_the_cache_folder(tmp_path: Path) -> None:
@@ -50,6 +54,36 @@ def test_names_cannot_leave_the_cache_folder(tmp_path: Path) -> None:
         place = cached_store(name, tmp_path)
         assert place.parent == tmp_path / "stores"
         assert os.sep not in place.name
+
+
+def test_what_is_not_ours_stays(checkpoint: Path, tmp_path: Path) -> None:
+    for name in ("store.old", "store.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").write_text("years of work")
+    with pytest.raises(StoreError, match=r"store\.partial: is in the way and not ours"):
+        convert_model(str(checkpoint), tmp_path / "store", cache_dir=tmp_path)
+    (tmp_path / "store.partial" / "thesis.txt").rename(tmp_path / "thesis.txt")
+    for _ in range(2):
+        convert_model(str(checkpoint), tmp_path / "store", cache_dir=tmp_path, force=True)
+    assert (tmp_path / "store.old" / "thesis.txt").read_text() == "years of work"
+    left = {p.name for p in tmp_path.iterdir()} - {"model", "store", "store.old", "thesis.txt"}
+    assert left <= {".store.lock"}
+
+
+def test_a_finished_store_needs_neither_lock_nor_right_to_write(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    store = find_store(str(checkpoint), cache_dir=tmp_path / "cache")
+    lock = FileLock(store.with_name(f".{store.name}.lock"))
+    with lock:
+        assert find_store(str(checkpoint), cache_dir=tmp_path / "cache") == store
+
+
+def test_a_changed_chat_template_is_a_changed_model(checkpoint: Path, tmp_path: Path) -> None:
+    store = find_store(str(checkpoint), cache_dir=tmp_path / "cache")
+    (checkpoint / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    assert find_store(str(checkpoint), cache_dir=tmp_path / "cache") == store
+    assert (store / "chat_template.jinja").read_text() == "{{ messages[0].content }}"
 
 
 @pytest.mark.parametrize("name", ["../x", "a b/c", "one/two/three", "~nobody/x/y", "http://x/y"])

@@ -145,7 +145,8 @@ def test_sharded_checkpoints(folder: Path) -> None:
     shard(folder)
     with open_checkpoint(folder) as source:
         assert [bytes(source.record(ExpertKey(1, e))) for e in range(4)] == whole
-        assert len(source.source.files) == 4
+        shards = [name for name in source.source.files if name.endswith(".safetensors")]
+        assert len(shards) == 3
 
 
 def shard(folder: Path) -> None:

@@ -1,5 +1,8 @@
 """The swap of classes is scoped, and unsupported families are named."""
 
+import contextlib
+import json
+import shutil
 from importlib import import_module
 from pathlib import Path
 
@@ -10,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fate_moe.errors import ModelError
 from fate_moe.models.checkpoint import open_checkpoint
-from fate_moe.models.load import load_residents, read_skeleton
+from fate_moe.models.load import load_residents, load_tokenizer, read_skeleton
 from fate_moe.models.seam import experts_left_out, find_experts, find_sites
 from tests import tiny
 
@@ -136,3 +139,30 @@ def test_a_dense_model_is_no_moe(tmp_path: Path) -> None:
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="llama"):
         open_checkpoint(tmp_path)
+
+
+CODE = "open({flag!r}, 'w').close()\n"
+
+
+@pytest.mark.parametrize("family", ["sneaky", "qwen2_moe"])
+def test_nothing_in_a_folder_can_run(
+    family: str, tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = shutil.copytree(tiny_store, tmp_path / "store")
+    flag = tmp_path / "ran"
+    (store / "evil.py").write_text(CODE.format(flag=str(flag)) + "class Evil: pass\n")
+    for name, key in (("config.json", "AutoConfig"), ("tokenizer_config.json", "AutoTokenizer")):
+        fields = json.loads((store / name).read_text())
+        fields["auto_map"] = {key: "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}
+        if name == "config.json":
+            fields["model_type"] = family
+        (store / name).write_text(json.dumps(fields))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with contextlib.suppress(ModelError):
+        load_residents(store, read_skeleton(store), torch.float32)
+    with contextlib.suppress(ModelError):
+        load_tokenizer(store)
+    assert not flag.exists()
+    if family == "sneaky":
+        with pytest.raises(ModelError, match="model_type 'sneaky' is unknown"):
+            read_skeleton(store)

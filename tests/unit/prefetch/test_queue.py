@@ -1,4 +1,4 @@
-"""Demands before guesses, guesses within their cap, nothing twice."""
+"""Demands before guesses, nothing twice."""
 
 from fate_moe.cache import Entry
 from fate_moe.prefetch.queue import ReadQueue
@@ -17,46 +17,35 @@ def drain(queue: ReadQueue) -> list[int]:
 
 
 def test_demands_come_first_each_in_order() -> None:
-    queue = ReadQueue(100)
-    queue.push_guess(entry(1), 10)
+    queue = ReadQueue()
+    queue.push_guess(entry(1))
     queue.push_demand(entry(2))
-    queue.push_guess(entry(3), 10)
+    queue.push_guess(entry(3))
     queue.push_demand(entry(4))
     assert len(queue) == 4
     assert drain(queue) == [2, 4, 1, 3]
-    assert queue.guess_bytes == 0
 
 
 def test_a_promoted_guess_is_a_demand() -> None:
-    queue = ReadQueue(100)
-    queue.push_guess(entry(1), 10)
-    queue.push_guess(entry(2), 10)
+    queue = ReadQueue()
+    queue.push_guess(entry(1))
+    queue.push_guess(entry(2))
     queue.promote(ExpertKey(0, 2))
     queue.promote(ExpertKey(0, 9))
-    assert queue.guess_bytes == 10
     assert drain(queue) == [2, 1]
 
 
-def test_guesses_stay_within_their_bytes() -> None:
-    queue = ReadQueue(25)
-    queue.push_guess(entry(1), 10)
-    queue.push_guess(entry(2), 10)
-    assert not queue.has_room(10)
-    assert queue.has_room(5)
-
-
 def test_cancelled_guesses_are_handed_back() -> None:
-    queue = ReadQueue(100)
+    queue = ReadQueue()
     for expert in (1, 2, 3):
-        queue.push_guess(entry(expert), 10)
+        queue.push_guess(entry(expert))
     gone = queue.cancel(lambda key: key.expert != 2)
     assert [e.key.expert for e in gone] == [1, 3]
-    assert queue.guess_bytes == 10
     assert drain(queue) == [2]
 
 
 def test_only_a_queued_demand_can_be_withdrawn() -> None:
-    queue = ReadQueue(100)
+    queue = ReadQueue()
     item = entry(1)
     queue.push_demand(item)
     assert queue.withdraw(ExpertKey(0, 1)) is item

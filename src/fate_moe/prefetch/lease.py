@@ -1,0 +1,125 @@
+"""What does a layer hold while it computes?
+
+The experts one layer needs now, locked until used. Made by `Mover.lease`, used by one thread, one
+at a time.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from fate_moe.cache.table import Entry
+from fate_moe.errors import ReadError
+from fate_moe.types import ExpertKey
+
+if TYPE_CHECKING:
+    from fate_moe.prefetch.mover import Mover
+
+POLL_S = 60.0
+"""Longest wait for any read to land before the disk counts as gone."""
+
+
+class Lease:
+    """The experts one layer needs now: yields (expert, slot) as they land, residents first.
+
+    Each expert is locked from the start of the lease until the next one is asked for, or the
+    lease ends. Made by `Mover.lease`; used by one thread.
+    """
+
+    def __init__(self, mover: Mover, changed: threading.Condition, keys: list[ExpertKey]) -> None:
+        """Lock what has a slot, place what has none. Runs under the mover's lock."""
+        self._mover = mover
+        self._changed = changed
+        self._held: dict[ExpertKey, Entry] = {}
+        self._homeless: list[ExpertKey] = []
+        self._current: ExpertKey | None = None
+        found = {key: mover.table.get(key) for key in keys}
+        # Lock first: no expert of this lease may make room for another one of it.
+        for key, entry in found.items():
+            if entry is not None:
+                mover.join(key, entry)
+                self._held[key] = entry
+        for key, entry in found.items():
+            if entry is not None:
+                mover.table.touch(entry)
+            else:
+                mover.table.note_miss(key)
+                self._homeless.append(key)
+        self._place_homeless()
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if not self._mover.is_torn:
+                with self._mover.section():
+                    self._homeless.clear()
+                    self._release_current()
+                    for entry in self._held.values():
+                        self._mover.abandon(entry)
+                    self._held.clear()
+        finally:
+            self._mover.end_lease()
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        """Yield (expert, slot).
+
+        Raises:
+            ReadError: a record of this lease could not be read.
+        """
+        while True:
+            with self._mover.section():
+                self._release_current()
+                if not self._held and not self._homeless:
+                    return
+                key, failure = self._wait_for_one()
+            if failure is not None:
+                raise failure
+            self._current = key
+            yield key.expert, self._held[key].slot
+
+    def _wait_for_one(self) -> tuple[ExpertKey, Exception | None]:
+        began: float | None = None
+        while True:
+            self._place_homeless()
+            for key, entry in self._held.items():
+                if entry.resident:
+                    if began is not None:
+                        self._mover.end_stall(time.perf_counter() - began)
+                    return key, None
+                failure = self._mover.take_failure(key)
+                if failure is not None:
+                    del self._held[key]  # the mover has taken it out of the table
+                    return key, failure
+            began = time.perf_counter() if began is None else began
+            if not self._changed.wait(POLL_S):
+                key = next(iter(self._held), None) or self._homeless[0]
+                why = f"no read has landed within {POLL_S:.0f} s; is the disk gone?"
+                return key, ReadError(key, "the store", 0, None, why)
+
+    def _release_current(self) -> None:
+        if self._current is not None:
+            self._mover.table.unlock(self._held.pop(self._current))
+            self._current = None
+            self._place_homeless()
+            if not self._homeless:
+                self._mover.place_guesses()  # the slot that came free may serve one
+            self._changed.notify_all()
+
+    def _place_homeless(self) -> None:
+        while self._homeless:
+            entry = self._mover.place(self._homeless[0])
+            if entry is None:
+                return
+            entry.locks += 1
+            self._held[self._homeless.pop(0)] = entry
