@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 PROMPT = "Write a short story about a lighthouse keeper who finds a letter in a bottle."
-TOKENS = 256
+TOKENS = 128
 SHARES = ("25%", "50%", "75%")
 SETTINGS = {
     "fate": "--policy fate",
@@ -80,7 +80,7 @@ def budget_table(rounds: int) -> tuple[str, dict[str, Any]]:
         f"{datetime.now(UTC):%Y-%m-%d}, {processor()}; "
         f"{kept['new_tokens']} tokens after a prompt of "
         f"{kept['prompt_tokens']}; speed is the median of {rounds} interleaved runs.\n"
-        f"mode of the first row: {kept['mode']}.\n"
+        f"mode of the rows `fate`: {kept['mode']}.\n"
     )
     listed = "\n".join(commands)
     return f"{head}\n" + "\n".join(lines) + f"\n\n```\n{listed}\n```\n", kept
@@ -127,7 +127,7 @@ def fill(text: str, name: str, content: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     options = parser.parse_args()
     budgets, kept = budget_table(options.rounds)
     text = options.out.read_text(encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,7 +23,7 @@ from fate_moe.cli.terminal import (
 from fate_moe.errors import ConfigError, FateError
 
 if TYPE_CHECKING:
-    from fate_moe.engine.generate import Answer, Message
+    from fate_moe.engine.generate import Answer, Conversation, Message, Sampling
     from fate_moe.engine.handle import Engine
 
 Prompt = Annotated[
@@ -97,14 +98,29 @@ def generate(
     try:
         conversation = Conversation(engine, tokenizer)
         asked = text if raw or not tokenizer.chat_template else messages(system, text)
-        answer = conversation.ask(asked, sampling, (lambda _: None) if json_out else say)
         if json_out:
+            answer = _ask_with_bar(conversation, asked, sampling)
             emit_json(as_json(answer, engine))
             return
+        answer = conversation.ask(asked, sampling, say)
         say("\n")
         show_report(speed_rows(answer) + engine.report().rows())
     finally:
         engine.close()
+
+
+def _ask_with_bar(
+    conversation: Conversation, asked: str | list[Message], sampling: Sampling
+) -> Answer:
+    """Ask without showing the answer: a bar stands for it."""
+    pieces = itertools.count(1)
+    with TerminalProgress() as progress:
+        progress("answering", 0, sampling.max_new_tokens)
+        return conversation.ask(
+            asked,
+            sampling,
+            lambda _: progress("answering", next(pieces), sampling.max_new_tokens),
+        )
 
 
 def open_engine(
