@@ -3,12 +3,12 @@ PYTHON ?= python3
 PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
 .PHONY: demo test lint format clean
 
 demo: $(VENV)/run.done
-	$(BIN)/fate generate -p "What is the capital of France?" --experts 50%
+	$(BIN)/fate generate -p "What is the capital of France?" --experts 50% -n 40
 
 test: $(VENV)/dev.done
 	$(BIN)/python -m pytest
@@ -34,7 +34,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/run.done: $(VENV)/bin/python pyproject.toml constraints.txt
-	@echo "installing into $(VENV) (a minute or two the first time)"
+	@echo "installing into $(VENV): a minute or two the first time (PIP_ARGS=-v shows more)"
 	$(PIP) -e .
 	@touch $@
 

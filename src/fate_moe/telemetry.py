@@ -159,12 +159,17 @@ class Report:
     planned_bytes: int
     floor_bytes: int
     peak_rss_bytes: int
+    earlier_peak_bytes: int
     phases: dict[str, dict[str, object]]
     per_layer: list[dict[str, object]]
 
     def __str__(self) -> str:
         lines = (f"{name:>17}  {value}" for name, value in self.rows())
         return "\n".join(lines)
+
+    @property
+    def _peaked_earlier(self) -> bool:
+        return self.peak_rss_bytes <= self.earlier_peak_bytes
 
     def rows(self) -> list[tuple[str, str]]:
         """Return the lines a person wants to read, as (name, text)."""
@@ -200,7 +205,9 @@ class Report:
             (
                 "memory",
                 f"peak {format_bytes(self.peak_rss_bytes)} of {format_bytes(self.budget_bytes)} "
-                f"allowed (planned {format_bytes(self.planned_bytes)})",
+                f"allowed (planned {format_bytes(self.planned_bytes)})"
+                # Such as the conversion on a model's first use: not part of the plan.
+                + (", reached before loading" if self._peaked_earlier else ""),
             ),
         ]
 

@@ -31,6 +31,7 @@ from fate_moe.prefetch.mover import Mover
 from fate_moe.quant.codec import decode
 from fate_moe.quant.record import RecordLayout
 from fate_moe.store.reader import FileReader, RecordReader
+from fate_moe.telemetry import peak_rss_bytes
 from fate_moe.types import ExpertKey, Progress, no_progress
 
 
@@ -51,6 +52,7 @@ def build(
     Raises:
         FateError: as `plan.draw`; ReadError when a preloaded expert cannot be read.
     """
+    earlier_peak = peak_rss_bytes()
     blueprint = draw(store, config)
     if config.compute.threads is not None:
         torch.set_num_threads(config.compute.threads)
@@ -76,7 +78,8 @@ def build(
     except BaseException:
         _stop(mover, reader)
         raise
-    engine = Engine(blueprint, model, mover, reader, sum(site.askable is None for site in sites))
+    blind = sum(site.askable is None for site in sites)
+    engine = Engine(blueprint, model, mover, reader, blind, earlier_peak)
     model.fate = engine
     # Whoever calls `model.generate` gets the plan's bounds too.
     model.generation_config.prefill_chunk_size = PREFILL_CHUNK_TOKENS

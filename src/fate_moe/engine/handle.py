@@ -22,6 +22,7 @@ class Engine:
         mover: the tables, the reads and their counts.
         reader: the store's reader.
         blind_layers: layers whose router cannot be asked from its gate input alone.
+        earlier_peak_bytes: most memory the process had held before this engine was planned.
     """
 
     blueprint: Blueprint
@@ -29,6 +30,7 @@ class Engine:
     mover: Mover
     reader: RecordReader
     blind_layers: int
+    earlier_peak_bytes: int
 
     @property
     def context_tokens(self) -> int:
@@ -86,6 +88,7 @@ class Engine:
             planned_bytes=plan.planned_bytes,
             floor_bytes=plan.floor_bytes,
             peak_rss_bytes=peak_rss_bytes(),
+            earlier_peak_bytes=self.earlier_peak_bytes,
             phases={phase.value: counts_json(telemetry.total(phase)) for phase in Phase},
             per_layer=per_layer_json(telemetry, table.capacities),
         )
