@@ -23,7 +23,7 @@ from fate_moe.engine.handle import Engine
 from fate_moe.engine.plan import Blueprint, draw
 from fate_moe.errors import ConfigError, FormatError
 from fate_moe.memory import Arena
-from fate_moe.models.load import load_residents
+from fate_moe.models.load import chunks_continue, load_residents
 from fate_moe.models.seam import MoESite
 from fate_moe.moe import MoELayer
 from fate_moe.predict import Predictor, make_predictor
@@ -82,7 +82,8 @@ def build(
     engine = Engine(blueprint, model, mover, reader, blind, earlier_peak)
     model.fate = engine
     # Whoever calls `model.generate` gets the plan's bounds too.
-    model.generation_config.prefill_chunk_size = PREFILL_CHUNK_TOKENS
+    if chunks_continue():
+        model.generation_config.prefill_chunk_size = PREFILL_CHUNK_TOKENS
     model.register_forward_pre_hook(_context_guard(blueprint.context_tokens), with_kwargs=True)
     # A model that is dropped without `close` gives its threads, files and slots back too.
     weakref.finalize(model, _stop, mover, reader)

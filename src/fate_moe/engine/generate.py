@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fate_moe.engine.demands import PREFILL_CHUNK_TOKENS
 from fate_moe.engine.handle import Engine
 from fate_moe.errors import ConfigError
 from fate_moe.models.load import quiet_transformers
@@ -103,6 +104,7 @@ class Conversation:
         reused = self._reuse(ids)
         clock = _Clock(self.engine, self._tokenizer, on_text)
         try:
+            self._prefill(ids[reused:])
             out = self._generate(ids, min(sampling.max_new_tokens, room), sampling, clock)
         except BaseException:
             self.forget()  # the cache may hold half a step
@@ -145,6 +147,18 @@ class Conversation:
 
             self._kv, same = DynamicCache(config=self.engine.model.config), 0
         return same
+
+    @torch.no_grad()
+    def _prefill(self, new_ids: list[int]) -> None:
+        """Read all of a long prompt but its last chunk, piece by piece: activations stay small.
+
+        Not left to transformers' `prefill_chunk_size`: before 5.23 it starts over from the first
+        token even when the cache holds some.
+        """
+        while len(new_ids) > PREFILL_CHUNK_TOKENS:
+            piece = torch.tensor([new_ids[:PREFILL_CHUNK_TOKENS]])
+            self.engine.model(input_ids=piece, past_key_values=self._kv, logits_to_keep=1)
+            new_ids = new_ids[PREFILL_CHUNK_TOKENS:]
 
     def _generate(
         self, ids: list[int], max_new_tokens: int, sampling: Sampling, clock: _Clock

@@ -188,6 +188,17 @@ def own_memory(model: nn.Module, *, whole: bool) -> None:
                 tensor.data = tensor.data.clone()
 
 
+def chunks_continue() -> bool:
+    """Say whether transformers' chunked prefill goes on from a cache that holds tokens already.
+
+    5.14 starts over and reads them twice; 5.23 is known to go on.
+    """
+    from transformers import __version__
+
+    major, minor = (int(part) for part in __version__.split(".")[:2])
+    return (major, minor) >= (5, 23)
+
+
 def load_tokenizer(folder: Path) -> Any:
     """Load the tokenizer that lies beside a store.
 

@@ -127,7 +127,8 @@ def test_other_families_run_exactly_too(family: str, tmp_path: Path) -> None:
             out.append(engine.model(ids).logits)
         report = engine.report()
         engine.close()
-    assert report.guesses > 0
+    # In transformers 5.14 granitemoe's router cannot be asked alone; the mode line says so.
+    assert report.guesses > 0 or "no guesses for" in report.mode
     assert torch.equal(out[0], out[1])
 
 
