@@ -52,6 +52,18 @@ def test_a_guess_evicts_nobody_chosen_or_leased(
     assert report.bytes_wasted > 0  # guesses did push out other guesses
 
 
+@pytest.mark.smolmoe
+def test_on_smolmoe_too(smolmoe_store: Path, open_engine: Open) -> None:
+    engine = open_engine(smolmoe_store, experts="15%", window=6)
+    broken = watch(engine)
+    engine.model.generate(torch.arange(30, 50)[None], max_new_tokens=6, do_sample=False)
+    assert broken == []
+    report = engine.report()
+    assert report.bytes_wasted > 0
+    assert report.guesses <= 6 * 7 * (len(report.per_layer) - 1)  # window x steps x layers
+    engine.mover.table.check()
+
+
 def test_guesses_stay_within_their_byte_budget(tiny_store: Path, open_engine: Open) -> None:
     issued: list[int] = []
     for window in (0, 1, 3):

@@ -15,8 +15,12 @@ from tests.conftest import Open
 
 @pytest.fixture
 def damaged(tiny_store: Path, tmp_path: Path) -> tuple[Path, ExpertKey]:
-    store = tmp_path / "store"
-    shutil.copytree(tiny_store, store)
+    return damage(tiny_store, tmp_path / "store")
+
+
+def damage(sound: Path, store: Path) -> tuple[Path, ExpertKey]:
+    """Copy a store and flip one bit of one record."""
+    shutil.copytree(sound, store)
     key = ExpertKey(4, 9)
     entry = read_manifest(store).layers[key.layer]
     with (store / entry.file).open("r+b") as file:
@@ -32,6 +36,16 @@ def test_verify_names_the_expert(damaged: tuple[Path, ExpertKey], tiny_store: Pa
     findings = verify(store).findings
     assert [finding.key for finding in findings] == [key]
     assert verify(tiny_store).is_intact
+
+
+@pytest.mark.smolmoe
+def test_verify_names_the_expert_of_smolmoe_too(
+    smolmoe_store: Path, tmp_path: Path, open_engine: Open
+) -> None:
+    store, key = damage(smolmoe_store, tmp_path / "store")
+    assert [finding.key for finding in verify(store).findings] == [key]
+    with pytest.raises(ReadError, match="layer 4, expert 9.*checksum"):
+        open_engine(store, policy="resident", verify=True)
 
 
 def test_a_checked_load_refuses_the_expert(
