@@ -51,9 +51,9 @@ class CrossLayer:
         # The router's own choice comes first: it may follow rules (groups, correction biases)
         # that the bare scores do not show.
         width = self._above_percentile(num_experts)
-        by_score = scores.topk(min(num_experts, width + len(core))).indices.tolist()
+        by_score = scores.topk(width).indices.tolist()
         chosen = set(core)
-        extra = [e for e in by_score[:width] if e not in chosen]
+        extra = [e for e in by_score if e not in chosen]
         return Prediction(layer, (*core, *extra), len(core))
 
     def _above_percentile(self, num_experts: int) -> int:
