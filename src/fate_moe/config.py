@@ -110,17 +110,29 @@ class CacheConfig:
 
 @dataclass(frozen=True, slots=True)
 class ComputeConfig:
-    """RUN THEM. `dtype`: auto, float32, bfloat16 or float16; `threads`: None = torch's choice."""
+    """RUN THEM.
+
+    Attributes:
+        dtype: auto, float32, bfloat16 or float16.
+        threads: None = torch's choice.
+        int2: which experts are computed from two bits: never, tail (in prefill, the least popular
+            ones) or always.
+        int2_share: most tokens of a step, as a share of 1, that the tail may take.
+    """
 
     compute: str = "eager"
     dtype: str = "auto"
     threads: int | None = None
+    int2: str = "never"
+    int2_share: float = 0.25
 
     def __post_init__(self) -> None:
         if self.dtype not in {"auto", "float32", "bfloat16", "float16"}:
             raise ConfigError(f"dtype: {self.dtype!r} is none of auto, float32, bfloat16, float16")
         if self.threads is not None and not 1 <= self.threads <= 1024:
             raise ConfigError(f"threads: have {self.threads}, need 1 to 1024")
+        if not 0 <= self.int2_share <= 1:
+            raise ConfigError(f"int2_share: have {self.int2_share}, need 0 to 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,15 +143,19 @@ class Limits:
         ram: the whole process; None = three quarters of what is available now.
         experts: expert slots alone; None = what `ram` leaves.
         context_tokens: prompt and answer together; None = the model's limit, at most 4096.
+        scored_tokens: tokens whose scores over the vocabulary are held at once.
     """
 
     ram: Size | None = None
     experts: Size | None = None
     context_tokens: int | None = None
+    scored_tokens: int = 1
 
     def __post_init__(self) -> None:
         if self.context_tokens is not None and self.context_tokens < 1:
             raise ConfigError(f"context: have {self.context_tokens} tokens, need 1 or more")
+        if self.scored_tokens < 1:
+            raise ConfigError(f"scored_tokens: have {self.scored_tokens}, need 1 or more")
 
 
 @dataclass(frozen=True, slots=True)

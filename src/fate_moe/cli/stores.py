@@ -44,6 +44,17 @@ def convert(
         int,
         typer.Option(metavar="N", help="Weights that share a scale and a zero: 64 or 32."),
     ] = 64,
+    bits: Annotated[
+        int,
+        typer.Option(metavar="N", help="Per weight: 4, 8, or 16 for experts left as they are."),
+    ] = 4,
+    scales: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="fitted (least error), or minmax (each group's range, the yardstick).",
+        ),
+    ] = "fitted",
     force: Annotated[
         bool, typer.Option("--force", help="Replace the store that is there, once done.")
     ] = False,
@@ -51,7 +62,7 @@ def convert(
     cache_dir: options.CacheDir = None,
     json_out: options.JsonOut = False,
 ) -> None:
-    """Turn a checkpoint into a store with INT4 experts.
+    """Turn a checkpoint into a store, with INT4 experts unless --bits says otherwise.
 
     Streams expert by expert, so it needs little memory; goes on where it was interrupted; the
     store appears only when it is complete.
@@ -61,14 +72,18 @@ def convert(
         fate convert Qwen/Qwen1.5-MoE-A2.7B-Chat
 
         fate convert ./my-checkpoint ./my-store --group-size 32
+
+        fate convert ./my-checkpoint ./my-store --bits 8 --scales minmax
     """
+    if scales not in ("fitted", "minmax"):
+        raise ConfigError(f"scales: {scales!r} is none of fitted, minmax")
     with TerminalProgress() as progress:
         from fate_moe.engine.prepare import convert_model
 
         root = cache_dir or default_cache_dir()
         store, manifest = convert_model(
-            model, out, cache_dir=root, revision=revision, group_size=group_size, force=force,
-            progress=progress,
+            model, out, cache_dir=root, revision=revision, group_size=group_size, bits=bits,
+            fitted=scales == "fitted", force=force, progress=progress,
         )  # fmt: skip
     if json_out:
         emit_json({"store": str(store), **_summary(manifest)})
@@ -179,16 +194,14 @@ def _rows(manifest: Manifest) -> list[tuple[str, str]]:
     source = manifest.source
     first = manifest.layers[0]
     counts = sorted({layer.num_experts for layer in manifest.layers})
+    has_head = manifest.quantization["bits"] == 4
+    head = f", of which the INT2 head {format_bytes(first.head_bytes)}" if has_head else ""
     quantization = ", ".join(f"{name} {value}" for name, value in manifest.quantization.items())
     return [
         ("source", source.id + (f" at {source.revision}" if source.revision else "")),
         ("quantization", f"{quantization} (source {manifest.dtype})"),
         ("layers", f"{len(manifest.layers)} with {' or '.join(map(str, counts))} experts each"),
-        (
-            "expert",
-            f"{format_bytes(first.record_bytes)}, of which the INT2 head "
-            f"{format_bytes(first.head_bytes)}",
-        ),
+        ("expert", format_bytes(first.record_bytes) + head),
         (
             "size",
             f"{format_bytes(manifest.expert_bytes)} of experts, "

@@ -13,6 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fate_moe.compute.precision import LowExperts, never
+
 Weights = dict[str, Tensor]
 Decode = Callable[[Tensor, torch.dtype], Weights]
 
@@ -27,15 +29,26 @@ class ExpertMath(Protocol):
 class EagerExperts:
     """Dequantize one expert at a time and run it on its tokens."""
 
-    def __init__(self, decode: Decode, math: ExpertMath, slot_bytes: Callable[[int], Tensor]):
+    def __init__(
+        self,
+        decode: Decode,
+        math: ExpertMath,
+        slot_bytes: Callable[[int], Tensor],
+        decode_low: Decode,
+        low_experts: LowExperts = never,
+    ):
         """Bind what one MoE layer needs.
 
         Args:
             decode: turns a record, uint8 [expert_bytes], into weights of a dtype.
             math: the family's feed-forward.
             slot_bytes: gives a slot's bytes, uint8 [slot_bytes].
+            decode_low: the same from the record's INT2 head.
+            low_experts: which experts of a step are decoded so.
         """
         self._decode = decode
+        self._decode_low = decode_low
+        self._low_experts = low_experts
         self._math = math
         self._slot_bytes = slot_bytes
 
@@ -57,8 +70,10 @@ class EagerExperts:
         # place[t, k] = rank of choice k among token t's choices by ascending expert id
         place = topk_ids.argsort(dim=1).argsort(dim=1)  # [T, K]
         parts = x.new_zeros(topk_ids.shape[1], *x.shape)  # [K, T, D]
+        low = self._low_experts(topk_ids)
         for expert, slot in arriving:
-            weights = self._decode(self._slot_bytes(slot), x.dtype)
+            decode = self._decode_low if expert in low else self._decode
+            weights = decode(self._slot_bytes(slot), x.dtype)
             choice, token = torch.where((topk_ids == expert).T)  # rows ordered as in transformers
             y = self._math(weights, x[token]) * topk_weights[token, choice, None]
             parts[place[token, choice], token] = y.to(x.dtype)

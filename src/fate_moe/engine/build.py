@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from fate_moe.cache import ExpertTable, make_cache
-from fate_moe.compute import EagerExperts
+from fate_moe.compute import EagerExperts, make_low_experts
 from fate_moe.config import Config
 from fate_moe.engine.demands import PREFILL_CHUNK_TOKENS
 from fate_moe.engine.handle import Engine
@@ -28,7 +28,7 @@ from fate_moe.models.seam import MoESite
 from fate_moe.moe import MoELayer
 from fate_moe.predict import Predictor, make_predictor
 from fate_moe.prefetch.mover import Mover
-from fate_moe.quant.codec import decode
+from fate_moe.quant.codec import decode, decode_int2
 from fate_moe.quant.record import RecordLayout
 from fate_moe.store.reader import FileReader, RecordReader
 from fate_moe.telemetry import peak_rss_bytes
@@ -112,6 +112,8 @@ def _attach(
     mover: Mover,
     arena: Arena,
 ) -> None:
+    compute = blueprint.config.compute
+    low_experts = make_low_experts(compute.int2, compute.int2_share)
     layouts: dict[str, RecordLayout] = {}
     for index, (site, entry) in enumerate(zip(sites, blueprint.manifest.layers, strict=True)):
         same = json.dumps(entry.layout, sort_keys=True)
@@ -121,7 +123,18 @@ def _attach(
                 f"{entry.file}: record_bytes {entry.record_bytes}, its layout makes "
                 f"{layout.record_bytes}; convert the model again"
             )
-        experts = EagerExperts(partial(decode, layout), site.math, arena.tensor)
+        if layout.bits != blueprint.manifest.quantization["bits"]:
+            raise FormatError(
+                f"{entry.file}: its layout has {layout.bits} bits, the manifest "
+                f"{blueprint.manifest.quantization['bits']}; convert the model again"
+            )
+        experts = EagerExperts(
+            partial(decode, layout),
+            site.math,
+            arena.tensor,
+            partial(decode_int2, layout),
+            low_experts,
+        )
         layer = MoELayer(index, predictor, mover, experts)
         site.attach(layer.forward, layer.before_router)
 

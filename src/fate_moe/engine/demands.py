@@ -25,13 +25,21 @@ PREFILL_CHUNK_TOKENS = 512
 DEFAULT_CONTEXT_TOKENS = 4096
 
 _MARGIN_BYTES = 48 * 2**20  # allocator slack, thread stacks, libraries loaded late
+# One expert being unpacked, in bytes per byte of its record. From four bits: codes, float32 weights
+# and the model's dtype, 12 bytes a weight over half a byte. Unquantized: at most a cast.
+_UNPACKED = {4: 24, 8: 12, 16: 3, 32: 2}
 _FLOOR_SLOTS = 3  # two in their regions and one spare: the least that still overlaps
 
 Shapes = list[tuple[int, ...]]
 
 
 def demands_of(
-    store: Path, manifest: Manifest, skeleton: Skeleton, dtype: torch.dtype, context: int
+    store: Path,
+    manifest: Manifest,
+    skeleton: Skeleton,
+    dtype: torch.dtype,
+    context: int,
+    scored: int,
 ) -> Demands:
     """Size up a store.
 
@@ -39,6 +47,7 @@ def demands_of(
         store: its folder.
         dtype: what the model computes in.
         context: prompt and answer together, in tokens.
+        scored: tokens whose scores over the vocabulary are held at once.
     """
     header = read_header(store / manifest.resident.file)
     shapes = [tensor.shape for tensor in header.tensors.values()]
@@ -48,7 +57,8 @@ def demands_of(
         weights_bytes=sum(sizes),
         load_bytes=manifest.resident.bytes + max(sizes) + _MARGIN_BYTES,
         kv_bytes=skeleton.kv_bytes_per_token(dtype) * context,
-        workspace_bytes=_workspace_bytes(manifest, skeleton, shapes, dtype, context),
+        workspace_bytes=_workspace_bytes(manifest, skeleton, shapes, dtype, context)
+        + _score_bytes(skeleton, scored),
         slot_bytes=max(layer.record_bytes for layer in manifest.layers),
         num_experts=sum(layer.num_experts for layer in manifest.layers),
         floor_slots=_FLOOR_SLOTS,
@@ -82,8 +92,16 @@ def _workspace_bytes(
         + 3 * max(widths, default=skeleton.hidden)  # the widest feed-forward: gate, up, product
         + context * skeleton.mask_rows  # attention mask or scores
     )
-    scores = 4 * vocabulary * 4  # float32 logits of the last position and their copies
-    # One expert being unpacked: codes, float32 weights and the model's dtype, 12 bytes a weight
-    # over half a byte in the record.
-    unpacked = 24 * max(layer.record_bytes for layer in manifest.layers)
-    return tokens * per_token * dtype.itemsize + scores + unpacked + _MARGIN_BYTES
+    unpacked = _UNPACKED[_bits(manifest)] * max(layer.record_bytes for layer in manifest.layers)
+    return tokens * per_token * dtype.itemsize + unpacked + _MARGIN_BYTES
+
+
+def _bits(manifest: Manifest) -> int:
+    bits = manifest.quantization["bits"]
+    assert isinstance(bits, int)  # read_manifest checks it
+    return bits
+
+
+def _score_bytes(skeleton: Skeleton, scored: int) -> int:
+    """Float32 logits of the scored positions and three copies of them."""
+    return 4 * 4 * skeleton.vocabulary * scored

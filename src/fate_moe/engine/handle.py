@@ -7,6 +7,7 @@ from typing import Any
 
 from fate_moe.engine.plan import Blueprint
 from fate_moe.prefetch.mover import Mover
+from fate_moe.store.format import Manifest
 from fate_moe.store.reader import RecordReader
 from fate_moe.telemetry import Report, counts_json, peak_rss_bytes, per_layer_json
 from fate_moe.types import Phase
@@ -44,10 +45,17 @@ class Engine:
         parts = [
             f"policy {config.policy} (predictor {config.predict.predictor}, cache "
             f"{config.cache.cache}, allocation {config.cache.allocation})",
-            f"experts INT{blueprint.manifest.quantization.get('bits', 4)}, computed in "
+            f"experts {_form(blueprint.manifest)}, computed in "
             f"{str(blueprint.dtype).removeprefix('torch.')}",
             f"{self.reader.mode} reads",
         ]
+        if config.compute.int2 == "always":
+            parts.append("every expert computed from two bits")
+        elif config.compute.int2 == "tail":
+            parts.append(
+                "in prefill the least popular experts (at most "
+                f"{config.compute.int2_share:.0%} of the routed tokens) computed from two bits"
+            )
         if self.blind_layers and config.predict.predictor == "cross_layer":
             parts.append(
                 f"no guesses for {self.blind_layers} layers whose router needs more than its gate "
@@ -101,6 +109,14 @@ class Engine:
         """Stop the reader threads and close the store; a second call does nothing."""
         self.mover.close()
         self.reader.close()
+
+
+def _form(manifest: Manifest) -> str:
+    bits = manifest.quantization["bits"]
+    if bits in (16, 32):
+        return f"unquantized ({manifest.dtype})"
+    is_minmax = manifest.quantization.get("scales") == "minmax"
+    return f"INT{bits}" + (" (min-max scales)" if is_minmax else "")
 
 
 def _share(part: int, whole: int) -> float | None:

@@ -13,8 +13,10 @@ import torch
 from fate_moe.budget import MemoryPlan, available_bytes, make_plan
 from fate_moe.cache import make_cache
 from fate_moe.cache.allocation import allocate
+from fate_moe.compute import make_low_experts
 from fate_moe.config import Config
 from fate_moe.engine.demands import context_tokens, demands_of
+from fate_moe.errors import ConfigError
 from fate_moe.models.load import Skeleton, choose_dtype, read_skeleton
 from fate_moe.predict import make_predictor
 from fate_moe.store.format import Manifest, read_manifest
@@ -78,12 +80,24 @@ def draw(store: Path, config: Config) -> Blueprint:
     # Names first: a typing error should not cost the time it takes to load a model.
     make_predictor(config.predict, [])
     make_cache(config.cache.cache, 1)
+    make_low_experts(config.compute.int2, config.compute.int2_share)
     allocate(config.cache.allocation, [], 0, 0)
     manifest = read_manifest(store)
+    _check_int2(manifest, config)
     skeleton = read_skeleton(store)
     dtype = choose_dtype(config.compute.dtype, skeleton.dtype)
     context = context_tokens(config.limits, skeleton)
-    need = demands_of(store, manifest, skeleton, dtype, context)
+    scored = config.limits.scored_tokens
+    need = demands_of(store, manifest, skeleton, dtype, context, scored)
     available = available_bytes(rss_bytes(), system_available_bytes())
     memory = make_plan(config.limits, need, available)
     return Blueprint(store, config, manifest, skeleton, dtype, context, memory)
+
+
+def _check_int2(manifest: Manifest, config: Config) -> None:
+    bits = manifest.quantization["bits"]
+    if config.compute.int2 != "never" and bits != 4:
+        raise ConfigError(
+            f"int2: the store holds experts of {bits} bits, two bits come from the head of four; "
+            "convert the model with --bits 4"
+        )

@@ -25,6 +25,8 @@ from fate_moe.store.format import Manifest, is_store, read_manifest
 from fate_moe.types import Progress, no_progress
 
 DEFAULT_GROUP = 64
+DEFAULT_BITS = 4
+BITS = (4, 8, 16)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "LICENSE*")
 
@@ -42,6 +44,8 @@ def find_store(
     *,
     cache_dir: Path,
     revision: str | None = None,
+    bits: int | None = None,
+    fitted: bool = True,
     progress: Progress = no_progress,
 ) -> Path:
     """Return the store of a model, making it first where there is none.
@@ -50,24 +54,34 @@ def find_store(
         model: `smolmoe`, a folder (store or checkpoint), or a hub id such as `Qwen/Qwen3-30B-A3B`.
         cache_dir: where downloads and stores are kept.
         revision: commit, branch or tag of a hub id.
+        bits, fitted: as in `convert_model`; a store must hold what was asked for. None: a store as
+            it is, and 4 bits where one is made.
     Raises:
-        ModelError: nothing by that name, or nothing that can be converted.
+        ModelError: nothing by that name, nothing that can be converted, or a store of other bits.
+        ConfigError: bits or scales that do not exist.
         StoreError: the store cannot be written.
     """
     folder = _folder(model)
     if folder is not None and is_store(folder):
+        if bits is not None or not fitted:
+            _check_store(folder, _settings(bits or DEFAULT_BITS, fitted))
         return folder
-    store, _ = convert_model(model, None, cache_dir=cache_dir, revision=revision, progress=progress)
+    store, _ = convert_model(
+        model, None, cache_dir=cache_dir, revision=revision, bits=bits or DEFAULT_BITS,
+        fitted=fitted, progress=progress,
+    )  # fmt: skip
     return store
 
 
-def convert_model(
+def convert_model(  # noqa: PLR0913 - a store's options, all of them by name
     model: str,
     out: Path | None,
     *,
     cache_dir: Path,
     revision: str | None = None,
     group_size: int = DEFAULT_GROUP,
+    bits: int = DEFAULT_BITS,
+    fitted: bool = True,
     force: bool = False,
     progress: Progress = no_progress,
 ) -> tuple[Path, Manifest]:
@@ -77,19 +91,23 @@ def convert_model(
         out: where to; None = its place in the cache folder, where a store of other content (the
             checkpoint changed) is replaced.
         group_size: weights that share a scale and a zero.
+        bits: per weight: 4, 8, or 16 for experts as they are in the checkpoint.
+        fitted: scales of the least error; if not, plain min-max.
         force: convert again and replace what is at `out`.
     Returns:
         The store's folder and manifest.
     Raises:
+        ConfigError: bits or scales that do not exist.
         ModelError, StoreError: as `find_store`.
     """
+    _settings(bits, fitted)  # first: a typing error should not cost a download
     folder = _folder(model)
     if folder is not None and is_store(folder):
         raise ModelError(f"{model}: is a store already; give the checkpoint it was made from")
     checkpoint = find_checkpoint(model, cache_dir=cache_dir, revision=revision, progress=progress)
-    store = out or cached_store(model, cache_dir, revision)
+    store = out or cached_store(model, cache_dir, revision, bits=bits, fitted=fitted)
     with open_checkpoint(
-        checkpoint, group=group_size, source_id=model, revision=revision
+        checkpoint, group=group_size, bits=bits, fitted=fitted, source_id=model, revision=revision
     ) as source:
         stale = out is None and is_store(store) and not is_made_from(read_manifest(store), source)
         with _one_thread():
@@ -100,18 +118,32 @@ def convert_model(
     return store, manifest
 
 
-def cached_store(model: str, cache_dir: Path, revision: str | None = None) -> Path:
+def cached_store(
+    model: str,
+    cache_dir: Path,
+    revision: str | None = None,
+    *,
+    bits: int = DEFAULT_BITS,
+    fitted: bool = True,
+) -> Path:
     """Return where the store of a model lies in the cache folder, made or not."""
+    settings = _settings(bits, fitted)
     folder = _folder(model)
     whole = model if revision is None else f"{model}@{revision}"
     name = re.sub(r"[^A-Za-z0-9.@_-]+", "--", whole).strip("-.")[-80:] or "model"
     if folder is not None:  # two folders of one name must not share a store
         name += "-" + hashlib.blake2b(bytes(folder.resolve()), digest_size=4).hexdigest()
+    if settings != _settings(DEFAULT_BITS, fitted=True):
+        name += f"@{settings}"
     return cache_dir / "stores" / name
 
 
 def known_store(model: str, cache_dir: Path) -> Path | None:
-    """Return a store that exists already, named by its folder or by its model, or None."""
+    """Return a store that exists already, or None.
+
+    Args:
+        model: the store's folder, or a model whose store has the default settings.
+    """
     for folder in (_folder(model), cached_store(model, cache_dir)):
         if folder is not None and is_store(folder):
             return folder
@@ -140,6 +172,26 @@ def find_checkpoint(
     if _HUB_ID.fullmatch(model):
         return _download(model, revision)
     raise ModelError(f"{model}: no such folder; give {SMOLMOE}, a folder, or a hub id (owner/name)")
+
+
+def _settings(bits: int, fitted: bool) -> str:
+    """Name a choice of bits and scales: 4bit, 8bit-minmax, 16bit."""
+    if bits not in BITS:
+        raise ConfigError(f"bits: {bits} is none of {', '.join(map(str, BITS))}")
+    if not fitted and bits == 16:
+        raise ConfigError("scales: minmax needs 4 or 8 bits, have 16, which keep no scales")
+    return f"{bits}bit" + ("" if fitted else "-minmax")
+
+
+def _check_store(folder: Path, need: str) -> None:
+    manifest = read_manifest(folder)
+    bits = 16 if manifest.quantization["bits"] == 32 else manifest.quantization["bits"]
+    have = f"{bits}bit" + ("-minmax" if manifest.quantization.get("scales") == "minmax" else "")
+    if have != need:
+        raise ModelError(
+            f"{folder}: the store holds {have} experts, need {need}; give the checkpoint it was "
+            f"made from ({manifest.source.id})"
+        )
 
 
 @contextmanager

@@ -29,13 +29,22 @@ MAX_CONFIG_COUNT = 1 << 16  # layers or experts in a config: building the skelet
 
 
 def open_checkpoint(
-    folder: Path, *, group: int = 64, source_id: str | None = None, revision: str | None = None
+    folder: Path,
+    *,
+    group: int = 64,
+    bits: int = 4,
+    fitted: bool = True,
+    source_id: str | None = None,
+    revision: str | None = None,
 ) -> CheckpointSource:
     """Open a transformers folder (config.json and safetensors) as a source of experts.
 
     Args:
         folder: the checkpoint.
         group: preferred quantization group, 64 or 32; 32 where 64 does not divide.
+        bits: 4, 8, or 16 for experts as they are. Values are never rounded at 16: experts in
+            float32 get records of 32 bits.
+        fitted: scales of the least error; if not, plain min-max. Of no effect at 16.
         source_id: what to call the model, such as its hub id; the folder's name if None.
         revision: hub commit, if known.
     Raises:
@@ -49,7 +58,8 @@ def open_checkpoint(
     index = index_experts(read_skeleton(folder).module, family, shards)
     files = {name: file_digest(folder / name) for name in small_files(folder)} | shards.digests
     name = source_id or folder.resolve().name
-    return CheckpointSource(folder, Source(name, revision, files), shards, index, group)
+    origin = Source(name, revision, files)
+    return CheckpointSource(folder, origin, shards, index, group=group, bits=bits, fitted=fitted)
 
 
 class CheckpointSource:
@@ -59,26 +69,49 @@ class CheckpointSource:
     """
 
     def __init__(
-        self, folder: Path, source: Source, shards: Shards, index: ExpertIndex, group: int
+        self,
+        folder: Path,
+        source: Source,
+        shards: Shards,
+        index: ExpertIndex,
+        *,
+        group: int,
+        bits: int,
+        fitted: bool,
     ) -> None:
         self.folder = folder
         self.source = source
         self.expert_layers = index.layers
-        self.layouts = tuple(record_layout(layer, group) for layer in index.layers)
         self._resident_keys = index.resident_keys
         self._shards = shards
         self._group = group
+        self._fitted = fitted
+        if bits == 16 and self.dtype == "float32":
+            bits = 32
+        self._bits = bits
+        dtype = self.dtype if bits >= 16 else ""
+        self.layouts = tuple(record_layout(layer, group, bits, dtype) for layer in index.layers)
 
-    @property
+    @cached_property
     def dtype(self) -> str:
-        """Dtype of the experts, such as "bfloat16"."""
-        part = next(iter(self.expert_layers[0].parts.values()))[0]
-        return str(FLOATS[self._shards.tensors[part.key].entry.dtype]).removeprefix("torch.")
+        """Dtype of the experts' matrices, such as "bfloat16"; of mixed ones, float32."""
+        found = {
+            FLOATS[self._shards.tensors[part.key].entry.dtype]
+            for layer in self.expert_layers
+            for (name, _), parts in layer.parts.items()
+            if len(layer.params[name]) == 3
+            for part in parts
+        }
+        dtype = found.pop() if len(found) == 1 else torch.float32
+        return str(dtype).removeprefix("torch.")
 
     @property
     def quantization(self) -> Mapping[str, object]:
         """What decides a record beside its weights."""
-        return {"bits": RecordLayout.bits, "group": self._group}
+        if self._bits >= 16:
+            return {"bits": self._bits}
+        scales = {} if self._fitted else {"scales": "minmax"}
+        return {"bits": self._bits, "group": self._group, **scales}
 
     @cached_property
     def layers(self) -> tuple[SourceLayer, ...]:
@@ -113,14 +146,15 @@ class CheckpointSource:
         return {name: self._parameter(layer, name, key.expert) for name in layer.params}
 
     def record(self, key: ExpertKey) -> memoryview:
-        """Read and quantize one expert; uint8 [record_bytes].
+        """Read one expert and make its record; uint8 [record_bytes].
 
         Raises:
             ModelError: the weights cannot be quantized (NaN, infinity).
             FormatError: a shard ends too early or cannot be read.
         """
         where = f"{self.expert_layers[key.layer].path}, expert {key.expert}"
-        record = encode(self.layouts[key.layer], self.expert(key), where=where)
+        layout = self.layouts[key.layer]
+        record = encode(layout, self.expert(key), fitted=self._fitted, where=where)
         return memoryview(record.numpy().data)
 
     def read_resident(self, name: str) -> Iterator[memoryview]:
@@ -146,9 +180,12 @@ class CheckpointSource:
         return joined.mT if layer.transposed and joined.dim() == 2 else joined
 
 
-def record_layout(layer: ExpertLayer, group: int) -> RecordLayout:
+def record_layout(layer: ExpertLayer, group: int, bits: int, dtype: str) -> RecordLayout:
     """Lay out one expert of a layer; matrices as [out, in] whatever the model's orientation.
 
+    Args:
+        group: preferred quantization group, of no effect where values are kept.
+        bits, dtype: as in `RecordLayout`.
     Raises:
         ModelError: no group size divides a matrix's inputs.
     """
@@ -158,9 +195,9 @@ def record_layout(layer: ExpertLayer, group: int) -> RecordLayout:
             biases.append(BiasSpec(name, shape[0]))
             continue
         rows, cols = reversed(shape) if layer.transposed else shape
-        where = f"{layer.path}.{name}"
-        matrices.append(MatrixSpec(name, rows, cols, choose_group(where, cols, group)))
-    return RecordLayout(tuple(matrices), tuple(biases))
+        chosen = 0 if dtype else choose_group(f"{layer.path}.{name}", cols, group)
+        matrices.append(MatrixSpec(name, rows, cols, chosen))
+    return RecordLayout(tuple(matrices), tuple(biases), bits, dtype)
 
 
 def _check_config(folder: Path) -> str:

@@ -1,1 +1,1 @@
-"""INT4 experts whose first half is an INT2 expert: the record layout, the quantizer, the codec."""
+"""Experts in 4 bits (their head in 2), in 8, or as they are: layout, quantizer, codec."""

@@ -1,7 +1,7 @@
 """At which byte of an expert's record does each part lie?
 
-A record is `[metadata | high 2-bit plane | low 2-bit plane]`. The first two parts are the INT2
-expert, all three the INT4 expert, so one copy on disk serves both.
+A record of 4 bits is `[metadata | high 2-bit plane | low 2-bit plane]`. The first two parts are the
+INT2 expert, all three the INT4 expert, so one copy on disk serves both.
 
     metadata    per matrix: scales fp16 [rows, cols/group], then zeros fp16 [rows, cols/group];
                 then per bias: float32 [size]
@@ -11,6 +11,12 @@ expert, all three the INT4 expert, so one copy on disk serves both.
 Inside a plane the rows follow each other, in a row the groups; a group of G weights is G/4 bytes
 and byte j holds weights j, j+G/4, j+2G/4, j+3G/4 at bits 0, 2, 4, 6. That order is the same on
 every machine, and a SIMD kernel unpacks it by shift and mask into contiguous runs.
+
+Other records have no planes, and so no head. After the metadata comes, per matrix in row-major
+order:
+
+    8 bits         the codes, uint8 [rows, cols]
+    16 or 32 bits  the source's own values, little-endian [rows, cols]; no scales and no zeros
 
 Invariants: every section starts on a multiple of 64 bytes, `record_bytes` is a multiple of 4096.
 Knows no torch and no file.
@@ -29,6 +35,7 @@ from fate_moe.types import Json
 SECTION_ALIGN = 64  # bytes: one cache line, one AVX-512 load
 RECORD_ALIGN = 4096  # bytes: what O_DIRECT asks of offset, length and address
 GROUPS = (64, 32)  # weights that share a scale and a zero, the preferred one first
+DTYPES = {4: ("",), 8: ("",), 16: ("bfloat16", "float16"), 32: ("float32",)}  # by bits
 MAX_DIM = 1 << 20  # rows, cols or bias size; the largest models have about 2**15
 MAX_SECTIONS = 16  # matrices or biases of one expert
 MAX_RECORD_BYTES = 1 << 34
@@ -39,7 +46,7 @@ _BIAS_FIELDS: dict[str, type] = {"name": str, "size": int}
 
 @dataclass(frozen=True, slots=True)
 class MatrixSpec:
-    """One quantized matrix [rows, cols] = [out, in], with `group` weights per scale and zero."""
+    """One matrix [rows, cols] = [out, in], with `group` weights per scale and zero; 0: none."""
 
     name: str
     rows: int
@@ -50,16 +57,18 @@ class MatrixSpec:
         _check_name(self.name)
         for field in ("rows", "cols"):
             _check_range(f"matrix {self.name}: {field}", getattr(self, field), 1, MAX_DIM)
+        if type(self.group) is int and self.group == 0:
+            return
         if self.group not in GROUPS or self.cols % self.group:
             raise FormatError(
                 f"matrix {self.name}: group {self.group!r} must be one of {GROUPS} and divide "
-                f"cols {self.cols}"
+                f"cols {self.cols}, or be 0 where there are no scales"
             )
 
     @property
     def groups(self) -> int:
-        """Groups in one row."""
-        return self.cols // self.group
+        """Groups in one row; 0 without scales."""
+        return self.cols // self.group if self.group else 0
 
     @property
     def meta_bytes(self) -> int:
@@ -86,12 +95,20 @@ class BiasSpec:
 
 @dataclass(frozen=True, slots=True)
 class MatrixOffsets:
-    """Where the four sections of one matrix start, in bytes from the start of the record."""
+    """Where the sections of one matrix start, in bytes from the start of the record.
+
+    Only 4 bits have two planes; elsewhere `high` and `low` both are where the values start.
+    """
 
     scale: int
     zero: int
     high: int
     low: int
+
+    @property
+    def values(self) -> int:
+        """Start of the codes of 8 bits, or of the values of 16 and 32."""
+        return self.high
 
 
 @dataclass(frozen=True)
@@ -99,12 +116,16 @@ class RecordLayout:
     """The byte layout of every expert of one layer.
 
     Attributes:
-        matrices: quantized matrices in record order.
+        matrices: matrices in record order.
         biases: float32 vectors in record order.
+        bits: per weight; 4 and 8 are codes, 16 and 32 are the source's own values.
+        dtype: of the stored values, such as "bfloat16"; "" for codes.
     """
 
     matrices: tuple[MatrixSpec, ...]
     biases: tuple[BiasSpec, ...] = ()
+    bits: int = 4
+    dtype: str = ""
 
     def __post_init__(self) -> None:
         _check_range("number of matrices", len(self.matrices), 1, MAX_SECTIONS)
@@ -112,9 +133,30 @@ class RecordLayout:
         names = [m.name for m in self.matrices] + [b.name for b in self.biases]
         if len(set(names)) != len(names):
             raise FormatError(f"record layout names a parameter twice: {', '.join(names)}")
+        self._check_bits()
         _check_range("record_bytes", self.record_bytes, RECORD_ALIGN, MAX_RECORD_BYTES)
 
-    bits = 4
+    def _check_bits(self) -> None:
+        if type(self.bits) is not int or self.bits not in DTYPES:
+            known = ", ".join(map(str, DTYPES))
+            raise FormatError(
+                f"layout: bits is {self.bits!r:.40}, this version reads one of {known}"
+            )
+        if self.dtype not in DTYPES[self.bits]:
+            known = " or ".join(map(repr, DTYPES[self.bits]))
+            raise FormatError(f"layout: dtype is {self.dtype!r:.40}, {self.bits} bits need {known}")
+        for matrix in self.matrices:
+            if (matrix.group == 0) != self.is_unquantized:
+                need = "0" if self.is_unquantized else f"one of {GROUPS}"
+                raise FormatError(
+                    f"layout: matrix {matrix.name}: group is {matrix.group}, {self.bits} bits "
+                    f"need {need}"
+                )
+
+    @property
+    def is_unquantized(self) -> bool:
+        """Whether the record holds the source's own values, with no scales and no zeros."""
+        return self.bits > 8
 
     @cached_property
     def offsets(self) -> tuple[MatrixOffsets, ...]:
@@ -128,7 +170,10 @@ class RecordLayout:
 
     @cached_property
     def head_bytes(self) -> int:
-        """End of the high plane: the bytes that hold the INT2 expert; a multiple of 64."""
+        """End of the high plane, which is the INT2 expert; without planes, of all sections.
+
+        A multiple of 64.
+        """
         return self._plan[2]
 
     @cached_property
@@ -147,17 +192,23 @@ class RecordLayout:
 
         meta = [(take(m.meta_bytes), take(m.meta_bytes)) for m in self.matrices]
         biases = tuple(take(4 * bias.size) for bias in self.biases)
-        high = [take(m.plane_bytes) for m in self.matrices]
-        head_bytes = end
-        low = [take(m.plane_bytes) for m in self.matrices]
+        if self.bits == 4:
+            high = [take(m.plane_bytes) for m in self.matrices]
+            head_bytes = end
+            low = [take(m.plane_bytes) for m in self.matrices]
+        else:
+            high = low = [take(m.rows * m.cols * self.bits // 8) for m in self.matrices]
+            head_bytes = end
         starts = zip(meta, high, low, strict=True)
         offsets = tuple(MatrixOffsets(s, z, h, lo) for (s, z), h, lo in starts)
         return offsets, biases, head_bytes, round_up(end, RECORD_ALIGN)
 
     def to_json(self) -> dict[str, object]:
         """Describe the layout in JSON types; `from_json` is the inverse."""
+        dtype = {"dtype": self.dtype} if self.is_unquantized else {}
         return {
             "bits": self.bits,
+            **dtype,
             "matrices": [
                 {"name": m.name, "rows": m.rows, "cols": m.cols, "group": m.group}
                 for m in self.matrices
@@ -172,9 +223,9 @@ class RecordLayout:
         Raises:
             FormatError: a field is missing, unknown, of the wrong type or out of range.
         """
-        top = _fields(data, "layout", ("bits", "matrices", "biases"))
-        if type(top["bits"]) is not int or top["bits"] != cls.bits:
-            raise FormatError(f"layout: bits is {top['bits']!r}, this version reads {cls.bits}")
+        bits = data.get("bits") if isinstance(data, Mapping) else None
+        dtype = ("dtype",) if bits in (16, 32) else ()
+        top = _fields(data, "layout", ("bits", *dtype, "matrices", "biases"))
         matrices = [
             MatrixSpec(**_typed(item, "matrix", _MATRIX_FIELDS))
             for item in _items(top["matrices"], "matrices")
@@ -183,7 +234,8 @@ class RecordLayout:
             BiasSpec(**_typed(item, "bias", _BIAS_FIELDS))
             for item in _items(top["biases"], "biases")
         ]
-        return cls(tuple(matrices), tuple(biases))
+        rest: dict[str, Any] = {"bits": top["bits"], "dtype": top.get("dtype", "")}
+        return cls(tuple(matrices), tuple(biases), **rest)  # which checks both
 
 
 def choose_group(name: str, cols: int, preferred: int = GROUPS[0]) -> int:

@@ -43,7 +43,7 @@ from fate_moe.store.reader import record_checksum
 from fate_moe.store.workdir import JOURNAL_FILE, Workdir
 from fate_moe.types import ExpertKey, Progress, no_progress
 
-_QUANTIZING, _COPYING = "quantizing experts", "copying the rest"  # what progress is told
+_QUANTIZING, _COPYING = "converting experts", "copying the rest"  # what progress is told
 _SPARE_BYTES = 64 << 20  # manifest, tokenizer, file system overhead
 # What may come along, by name: never code, never pickles, never other weights.
 _COPIED_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken")
@@ -108,7 +108,7 @@ class ExpertSource(Protocol):
         ...
 
     def record(self, key: ExpertKey) -> memoryview:
-        """Read and quantize one expert; uint8 [record_bytes]."""
+        """Read one expert and make its record; uint8 [record_bytes]."""
         ...
 
     def read_resident(self, name: str) -> Iterator[bytes | memoryview]:

@@ -35,6 +35,7 @@ MAX_RECORDS = 1 << 21
 MAX_RECORD_BYTES = 1 << 34
 MAX_FILE_BYTES = 1 << 50
 DTYPES = ("bfloat16", "float16", "float32")
+BITS = (4, 8, 16, 32)
 CHECKSUM = re.compile(r"[0-9a-f]{32}")  # blake2b, 128 bits
 
 
@@ -78,7 +79,7 @@ class LayerEntry:
         file: file name in the store.
         num_experts: E.
         record_bytes: bytes of one record, a multiple of 4096.
-        head_bytes: the INT2 expert is record[:head_bytes].
+        head_bytes: the INT2 expert is record[:head_bytes]; without one, all that is no padding.
         first_offset: byte offset of expert 0 in the file, a multiple of 4096.
         transposed: the model keeps its matrices as [in, out]; the record always has [out, in].
         params: parameter name -> shape in the model's experts module, first size E.
@@ -108,7 +109,7 @@ class LayerEntry:
 
     @property
     def head_read_bytes(self) -> int:
-        """`head_bytes` rounded up to 4096: what an O_DIRECT read of the INT2 expert takes."""
+        """`head_bytes` rounded up to 4096: what an O_DIRECT read of the head takes."""
         return min(-(-self.head_bytes // PAGE) * PAGE, self.record_bytes)
 
 
@@ -128,7 +129,7 @@ class Manifest:
     Attributes:
         source: what the store was made from.
         dtype: the dtype of the source's experts, such as "bfloat16".
-        quantization: {"bits": 4, ...}, for people and reports.
+        quantization: {"bits": 4, ...}, for people and reports; 16 and 32 are unquantized.
         layers: MoE layers in model order; the index is `ExpertKey.layer`.
         resident: the rest of the model.
     """
@@ -201,7 +202,9 @@ def parse_manifest(data: bytes, name: str = MANIFEST_FILE) -> Manifest:
     if version != VERSION:
         raise FormatError(f"{name}: format {version}, this version of Fate reads {VERSION}")
     quantization = top.fields("quantization")
-    quantization.integer("bits", 4, 4)
+    bits = quantization.integer("bits", BITS[0], BITS[-1])
+    if bits not in BITS:
+        raise FormatError(f"{name}: quantization: bits is {bits}, must be one of {BITS}")
     layers = tuple(_layer(item) for item in top.objects("layers", 1, MAX_LAYERS))
     manifest = Manifest(
         source=_source(top.fields("source")),

@@ -138,6 +138,37 @@ def test_convert_inspect_verify(tiny_checkpoint: Path, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("options", "quantization", "mode"),
+    [
+        (["--bits", "8"], {"bits": 8, "group": 64}, "experts INT8, computed in"),
+        (
+            ["--scales", "minmax"],
+            {"bits": 4, "group": 64, "scales": "minmax"},
+            "experts INT4 (min-max scales), computed in",
+        ),
+        (["--bits", "16"], {"bits": 32}, "experts unquantized (float32), computed in"),
+    ],
+    ids=["8 bits", "minmax", "16 bits"],
+)
+def test_convert_to_other_settings(
+    options: list[str],
+    quantization: dict[str, object],
+    mode: str,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+) -> None:
+    out = str(tmp_path / "store")
+    made = fate("convert", str(tiny_checkpoint), out, *options, "--json")
+    assert made.exit_code == 0, made.output
+    assert json.loads(made.stdout)["quantization"] == quantization
+    assert ("INT2 head" in fate("inspect", out).stdout) == (quantization["bits"] == 4)
+    assert fate("verify", out).exit_code == 0
+    result = fate("generate", out, "-p", "hello", "--experts", "50%", "-n", "8", "--json")
+    assert result.exit_code == 0, result.output
+    assert mode in json.loads(result.stdout)["mode"]
+
+
 def test_verify_names_a_flipped_byte(tiny_store: Path, tmp_path: Path) -> None:
     out = tmp_path / "store"
     shutil.copytree(tiny_store, out)
@@ -264,6 +295,22 @@ class TestBadInput:
     )
     def test_bad_choices(self, option: str, value: str, message: str, store: str) -> None:
         refused(fate("generate", store, "-p", "x", option, value), message)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["--bits", "5"], "bits: 5 is none of 4, 8, 16"),
+            (["--bits", "32"], "bits: 32 is none of 4, 8, 16"),
+            (["--scales", "best"], "scales: 'best' is none of fitted, minmax"),
+            (["--bits", "16", "--scales", "minmax"], "scales: minmax needs 4 or 8 bits, have 16"),
+        ],
+    )
+    def test_bad_settings_of_a_store(
+        self, options: list[str], message: str, tiny_checkpoint: Path, tmp_path: Path
+    ) -> None:
+        out = tmp_path / "s"
+        refused(fate("convert", str(tiny_checkpoint), str(out), *options), message)
+        assert not out.exists()
 
     def test_no_store_to_inspect(self, tmp_path: Path) -> None:
         refused(fate("inspect", "smolmoe", "--cache-dir", str(tmp_path)), "run fate convert")

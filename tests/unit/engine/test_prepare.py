@@ -9,7 +9,7 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 from fate_moe.engine.prepare import cached_store, convert_model, find_checkpoint, find_store
-from fate_moe.errors import ModelError, StoreError
+from fate_moe.errors import ConfigError, ModelError, StoreError
 from fate_moe.store.format import read_manifest
 
 
@@ -47,6 +47,61 @@ def test_two_folders_of_one_name_have_two_stores(tmp_path: Path) -> None:
     names = ("a/b-c", "a-b/c", "a/b--c", "a/b-c@main")
     assert len({cached_store(name, tmp_path) for name in names}) >= 3
     assert cached_store("a/b", tmp_path) != cached_store("a/b", tmp_path, "main")
+
+
+CHOICES = [(4, True), (4, False), (8, True), (8, False), (16, True)]
+
+
+def test_stores_of_other_settings_have_other_places(tmp_path: Path) -> None:
+    def place(bits: int, fitted: bool, model: str = "smolmoe") -> str:
+        return cached_store(model, tmp_path, bits=bits, fitted=fitted).name
+
+    assert [place(*choice) for choice in CHOICES] == [
+        "smolmoe", "smolmoe@4bit-minmax", "smolmoe@8bit", "smolmoe@8bit-minmax", "smolmoe@16bit",
+    ]  # fmt: skip
+    assert place(4, True) == cached_store("smolmoe", tmp_path).name
+    for model in ("x" * 500, str(tmp_path)):  # a name cut short, a name with a hash
+        assert len({place(*choice, model) for choice in CHOICES}) == len(CHOICES)
+
+
+def test_settings_are_kept_apart_in_the_cache_folder(checkpoint: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    found = [
+        find_store(str(checkpoint), cache_dir=cache, bits=bits, fitted=fitted)
+        for bits, fitted in CHOICES
+    ]
+    assert len(set(found)) == len(CHOICES)
+    assert find_store(str(checkpoint), cache_dir=cache) == found[0]
+    assert [read_manifest(store).quantization for store in found] == [
+        {"bits": 4, "group": 64},
+        {"bits": 4, "group": 64, "scales": "minmax"},
+        {"bits": 8, "group": 64},
+        {"bits": 8, "group": 64, "scales": "minmax"},
+        {"bits": 32},  # the checkpoint is in float32
+    ]
+
+
+def test_a_store_must_hold_what_was_asked_for(checkpoint: Path, tmp_path: Path) -> None:
+    for bits, fitted in CHOICES:
+        out = tmp_path / f"store-{bits}-{fitted}"
+        convert_model(str(checkpoint), out, cache_dir=tmp_path, bits=bits, fitted=fitted)
+        assert find_store(str(out), cache_dir=tmp_path) == out  # nothing asked for: as it is
+        for asked in CHOICES:
+            if asked == (bits, fitted):
+                assert find_store(str(out), cache_dir=tmp_path, bits=bits, fitted=fitted) == out
+                continue
+            with pytest.raises(ModelError, match=rf"{out.name}: the store holds {bits}bit") as no:
+                find_store(str(out), cache_dir=tmp_path, bits=asked[0], fitted=asked[1])
+            assert f"need {asked[0]}bit" in str(no.value)
+            assert str(checkpoint) in str(no.value)
+
+
+def test_settings_that_do_not_exist_are_refused_before_anything_is_fetched(tmp_path: Path) -> None:
+    for bits in (0, 2, 5, 32):
+        with pytest.raises(ConfigError, match=f"bits: {bits} is none of 4, 8, 16"):
+            convert_model("no/such-model", None, cache_dir=tmp_path, bits=bits)
+    with pytest.raises(ConfigError, match="scales: minmax needs 4 or 8 bits, have 16"):
+        find_store("no/such-model", cache_dir=tmp_path, bits=16, fitted=False)
 
 
 def test_names_cannot_leave_the_cache_folder(tmp_path: Path) -> None:

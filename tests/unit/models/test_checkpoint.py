@@ -130,6 +130,68 @@ def test_a_store_holds_the_experts_and_the_rest(family: str, folder: Path, tmp_p
     assert gone == {key for key in checkpoint if ".experts." in key or "put_linear" in key}
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_unquantized_records_hold_the_experts_bit_for_bit(family: str, folder: Path) -> None:
+    save(family, folder)
+    model = load(folder)
+    with open_checkpoint(folder, bits=16) as source:
+        assert source.quantization == {"bits": 16}
+        for index, layer in enumerate(source.layers):
+            layout = RecordLayout.from_json(dict(layer.layout))
+            assert (layout.bits, layout.dtype) == (16, "bfloat16")
+            for expert in range(4):
+                record = torch.frombuffer(
+                    source.record(ExpertKey(index, expert)), dtype=torch.uint8
+                )
+                for name, tensor in decode(layout, record, torch.bfloat16).items():
+                    want = original(model, layer.path, name, expert, layer.transposed)
+                    assert torch.equal(tensor, want), name
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.float32, 32), (torch.float16, 16)])
+def test_unquantized_records_are_as_wide_as_their_source(
+    dtype: torch.dtype, bits: int, folder: Path
+) -> None:
+    save("qwen3_moe", folder, dtype, moe_intermediate_size=48)  # no group divides 48
+    with open_checkpoint(folder, bits=16) as source:
+        layout = source.layouts[1]
+        assert source.quantization == {"bits": bits}
+        assert (layout.bits, layout.dtype) == (bits, source.dtype)
+        key = ExpertKey(1, 2)
+        record = torch.frombuffer(source.record(key), dtype=torch.uint8)
+        for name, tensor in decode(layout, record, dtype).items():
+            assert torch.equal(tensor, source.expert(key)[name])
+
+
+def test_experts_of_mixed_types_are_never_rounded(qwen: Path) -> None:
+    tensors = load_file(qwen / "model.safetensors")
+    key = next(key for key in sorted(tensors) if "experts.2.down_proj" in key)
+    tensors[key] = tensors[key].float() + 1e-6
+    save_file(tensors, qwen / "model.safetensors", metadata={"format": "pt"})
+    with open_checkpoint(qwen, bits=16) as source:
+        assert source.dtype == "float32"
+        assert source.quantization == {"bits": 32}
+        for expert in range(4):
+            record = torch.frombuffer(source.record(ExpertKey(0, expert)), dtype=torch.uint8)
+            down = decode(source.layouts[0], record, torch.float32)["down_proj"]
+            assert torch.equal(down, source.expert(ExpertKey(0, expert))["down_proj"].float())
+
+
+def test_what_decides_a_record_is_told_apart(qwen: Path) -> None:
+    found = []
+    for bits, fitted in ((4, True), (4, False), (8, True), (8, False), (16, True)):
+        with open_checkpoint(qwen, group=32, bits=bits, fitted=fitted) as source:
+            found.append((dict(source.quantization), bytes(source.record(ExpertKey(0, 0)))))
+    assert [quantization for quantization, _ in found] == [
+        {"bits": 4, "group": 32},
+        {"bits": 4, "group": 32, "scales": "minmax"},
+        {"bits": 8, "group": 32},
+        {"bits": 8, "group": 32, "scales": "minmax"},
+        {"bits": 16},
+    ]
+    assert len({record for _, record in found}) == 5
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_other_float_types(dtype: torch.dtype, folder: Path) -> None:
     save("qwen3_moe", folder, dtype)

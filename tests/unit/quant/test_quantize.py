@@ -18,6 +18,10 @@ def group_errors(weight: Tensor, approx: Tensor, group: int) -> Tensor:
     return (weight.double() - approx).view(-1, group).square().sum(1)
 
 
+def relative(approx: Tensor, weight: Tensor) -> float:
+    return ((approx - weight).norm() / weight.norm()).item()
+
+
 def min_max(weight: Tensor, group: int) -> Tensor:
     """The plain quantizer, with its scale and zero rounded to fp16 as ours are."""
     flat = weight.float().view(-1, group)
@@ -37,12 +41,50 @@ def test_shapes_types_and_range() -> None:
     assert codes.max() <= 15
 
 
-def test_every_code_is_the_nearest_one() -> None:
+@pytest.mark.parametrize("fitted", [True, False])
+def test_eight_bits_use_all_their_codes(fitted: bool) -> None:
+    codes, scale, zero = quantize(torch.randn(6, 128), 64, bits=8, fitted=fitted)
+    assert (codes.shape, codes.dtype) == ((6, 128), torch.uint8)
+    assert scale.dtype == zero.dtype == torch.float16
+    assert codes.min() < 8
+    assert codes.max() > 247
+
+
+def test_eight_bits_lose_far_less_than_four() -> None:
+    weight = torch.randn(256, 512, generator=torch.Generator().manual_seed(0)) * 0.02
+    fitted = relative(dequantize(*quantize(weight, 64, bits=8)), weight)
+    plain = relative(dequantize(*quantize(weight, 64, bits=8, fitted=False)), weight)
+    assert fitted < 0.98 * plain
+    assert fitted < 0.0053  # INT4: 0.083
+    assert 16 * fitted < relative(dequantize(*quantize(weight, 64)), weight)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("shift", [0.0, 0.3, -0.3])
+def test_min_max_scales_span_each_group_and_zero(bits: int, shift: float) -> None:
+    weight = torch.randn(8, 128, generator=torch.Generator().manual_seed(2)) * 0.05 + shift
+    codes, scale, zero = quantize(weight, 64, bits=bits, fitted=False)
+    steps = 2**bits - 1
+    for row in range(8):
+        for index in range(2):
+            group = weight[row, 64 * index : 64 * (index + 1)]
+            low, high = min(group.min().item(), 0.0), max(group.max().item(), 0.0)
+            width = scale[row, index].item()
+            assert width == pytest.approx((high - low) / steps, rel=2**-11)
+            assert zero[row, index].item() == pytest.approx(-low / width, rel=2**-11)
+            near = (group.double() / width + zero[row, index].item()).round().clamp(0, steps)
+            found = codes[row, 64 * index : 64 * (index + 1)]
+            assert (found.double() - near).abs().max() <= 1  # halves round either way
+            assert (found != near).sum() <= 1
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_every_code_is_the_nearest_one(bits: int) -> None:
     weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(1)) * 0.02
-    codes, scale, zero = quantize(weight, 64)
+    codes, scale, zero = quantize(weight, 64, bits=bits)
     best = group_errors(weight, dequantize(codes, scale, zero), 1)
     for step in (-1, 1):
-        other = (codes.int() + step).clamp(0, 15)
+        other = (codes.int() + step).clamp(0, 2**bits - 1)
         errors = group_errors(weight, dequantize(other, scale, zero), 1)
         assert (best <= errors + 1e-9).all()
 
@@ -51,16 +93,16 @@ def test_every_code_is_the_nearest_one() -> None:
 def test_gaussian_weights_lose_less_than_min_max_and_hqq(group: int) -> None:
     weight = torch.randn(256, 512, generator=torch.Generator().manual_seed(0)) * 0.02
     approx = dequantize(*quantize(weight, group))
-    relative = ((approx - weight).norm() / weight.norm()).item()
-    plain = ((min_max(weight, group) - weight).norm() / weight.norm()).item()
-    assert relative < 0.95 * plain
-    assert relative < {32: 0.074, 64: 0.0845}[group]  # HQQ with group 64: 0.086
+    ours = relative(approx, weight)
+    assert ours < 0.95 * relative(min_max(weight, group), weight)
+    assert ours < {32: 0.074, 64: 0.0845}[group]  # HQQ with group 64: 0.086
 
 
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("value", [0.0, 1.0, -1.0, 0.02, 3e-8, -2e-5, 1234.5, 100_000.0])
-def test_constant_groups(value: float) -> None:
+def test_constant_groups(value: float, bits: int) -> None:
     weight = torch.full((2, 64), value)
-    approx = dequantize(*quantize(weight, 64))
+    approx = dequantize(*quantize(weight, 64, bits=bits))
     assert approx.sub(value).abs().max() <= max(abs(value) * 2**-11, 6e-8)
 
 
@@ -105,4 +147,11 @@ def test_refuses_what_fp16_scales_cannot_hold(value: float) -> None:
 def test_the_largest_allowed_range_is_finite() -> None:
     weight = torch.linspace(-490_000, 490_000, 64).view(1, 64)
     approx = dequantize(*quantize(weight, 64))
-    assert ((approx - weight).norm() / weight.norm()).item() < 0.07  # 16 levels
+    assert relative(approx, weight) < 0.07  # 16 levels
+
+
+def test_eight_bits_reach_further() -> None:
+    weight = torch.linspace(-8_000_000, 8_000_000, 64).view(1, 64)
+    assert relative(dequantize(*quantize(weight, 64, bits=8)), weight) < 0.005
+    with pytest.raises(ModelError, match=r"down holds 9e\+06, fp16 scales reach 8.35e\+06"):
+        quantize(weight * 1.125, 64, bits=8, name="down")

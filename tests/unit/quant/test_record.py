@@ -27,6 +27,12 @@ def sections(layout: RecordLayout) -> list[tuple[int, int]]:
 
 
 ODD = RecordLayout((MatrixSpec("a", 3, 96, 32), MatrixSpec("b", 5, 32, 32)), (BiasSpec("c", 3),))
+INT8 = RecordLayout(ODD.matrices, ODD.biases, 8)
+PLAIN = (MatrixSpec("a", 3, 50, 0), MatrixSpec("b", 5, 7, 0))  # no group divides 50 or 7
+BF16 = RecordLayout(PLAIN, ODD.biases, 16, "bfloat16")
+FP16 = RecordLayout(PLAIN, ODD.biases, 16, "float16")
+FP32 = RecordLayout(PLAIN, (), 32, "float32")
+WITHOUT_PLANES = {"8 bits": INT8, "bf16": BF16, "fp16": FP16, "fp32": FP32}
 
 
 @pytest.mark.parametrize("layout", [LAYOUT, ODD], ids=["even", "odd"])
@@ -53,8 +59,54 @@ def test_sizes_of_a_known_layout() -> None:
     assert plain.bits == 4
 
 
-def test_json_round_trip() -> None:
-    assert RecordLayout.from_json(json.loads(json.dumps(LAYOUT.to_json()))) == LAYOUT
+@pytest.mark.parametrize("layout", WITHOUT_PLANES.values(), ids=WITHOUT_PLANES)
+def test_without_planes_the_values_follow_the_metadata(layout: RecordLayout) -> None:
+    places = []
+    for m, at in zip(layout.matrices, layout.offsets, strict=True):
+        places += [(at.scale, m.meta_bytes), (at.zero, m.meta_bytes)]
+        assert at.values == at.high == at.low
+    biases = zip(layout.biases, layout.bias_offsets, strict=True)
+    places += [(start, 4 * bias.size) for bias, start in biases]
+    for m, at in zip(layout.matrices, layout.offsets, strict=True):
+        places.append((at.values, m.rows * m.cols * layout.bits // 8))
+    end = 0
+    for start, size in places:
+        assert start % 64 == 0
+        assert end <= start < end + 64
+        end = start + size
+    assert end <= layout.head_bytes < end + 64
+    assert layout.head_bytes % 64 == 0
+    assert layout.record_bytes == 4096
+
+
+def test_sizes_without_planes() -> None:
+    matrices = (MatrixSpec("w", 64, 576, 64),)
+    assert RecordLayout(matrices, (), 8).head_bytes == 64 * 576 + 4 * 64 * 9
+    matrices = (MatrixSpec("w", 64, 576, 0),)
+    assert RecordLayout(matrices, (), 16, "float16").record_bytes == 2 * 64 * 576
+    assert RecordLayout(matrices, (), 32, "float32").record_bytes == 4 * 64 * 576
+
+
+ALL = {"4 bits": LAYOUT, **WITHOUT_PLANES}
+
+
+@pytest.mark.parametrize("layout", ALL.values(), ids=ALL)
+def test_json_round_trip(layout: RecordLayout) -> None:
+    assert RecordLayout.from_json(json.loads(json.dumps(layout.to_json()))) == layout
+
+
+def test_the_json_of_four_bits_never_changes() -> None:
+    assert json.dumps(LAYOUT.to_json()) == (
+        '{"bits": 4, "matrices": [{"name": "gate_up_proj", "rows": 64, "cols": 576, "group": 64}, '
+        '{"name": "down_proj", "rows": 576, "cols": 32, "group": 32}], '
+        '"biases": [{"name": "gate_up_proj_bias", "size": 64}]}'
+    )
+
+
+def test_only_unquantized_layouts_name_a_dtype() -> None:
+    assert "dtype" not in INT8.to_json()
+    assert BF16.to_json()["dtype"] == "bfloat16"
+    assert FP32.to_json()["dtype"] == "float32"
 
 
 @pytest.mark.parametrize(
@@ -72,6 +124,8 @@ def test_json_round_trip() -> None:
         (("matrices", 0, "rows"), 1 << 60),
         (("matrices", 0, "cols"), 577),
         (("matrices", 0, "group"), 16),
+        (("matrices", 0, "group"), 0),
+        (("dtype",), "bfloat16"),
         (("matrices", 0, "name"), "../weight"),
         (("matrices", 0, "name"), None),
         (("matrices", 0, "extra"), 1),
@@ -89,6 +143,45 @@ def test_a_bad_field_is_a_format_error(path: tuple[str | int, ...], value: objec
     place[path[-1]] = value  # type: ignore[index]
     with pytest.raises(FormatError, match=r"layout|matrix"):
         RecordLayout.from_json(data)
+
+
+@pytest.mark.parametrize(
+    ("layout", "field", "value"),
+    [
+        (INT8, "dtype", "bfloat16"),
+        (INT8, "dtype", ""),
+        (INT8, "bits", 8.0),
+        (INT8, "bits", 16),
+        (INT8, "bits", 7),
+        (INT8, "bits", [8]),
+        (BF16, "dtype", None),
+        (BF16, "dtype", ""),
+        (BF16, "dtype", "float32"),
+        (BF16, "dtype", "int16"),
+        (BF16, "dtype", ["bfloat16"]),
+        (BF16, "bits", 16.0),
+        (BF16, "bits", 32),
+        (BF16, "bits", 8),
+        (BF16, "bits", 64),
+        (FP32, "dtype", "bfloat16"),
+        (FP32, "bits", 16),
+        (FP32, "matrices", [{"name": "a", "rows": 1, "cols": 64, "group": 64}]),
+        (FP32, "matrices", [{"name": "a", "rows": 1, "cols": 64, "group": False}]),
+        (FP32, "matrices", [{"name": "a", "rows": 1 << 20, "cols": 1 << 20, "group": 0}]),
+        (INT8, "matrices", [{"name": "a", "rows": 1, "cols": 64, "group": 0}]),
+    ],
+)
+def test_bits_dtype_and_groups_must_agree(layout: RecordLayout, field: str, value: object) -> None:
+    with pytest.raises(FormatError, match=r"layout|matrix") as caught:
+        RecordLayout.from_json({**layout.to_json(), field: value})  # type: ignore[dict-item]
+    assert "\n" not in str(caught.value)
+
+
+def test_unquantized_layouts_need_their_dtype() -> None:
+    data = BF16.to_json()
+    del data["dtype"]
+    with pytest.raises(FormatError, match="dtype"):
+        RecordLayout.from_json(data)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("field", ["bits", "matrices", "biases"])

@@ -96,7 +96,7 @@ def test_progress_counts_every_byte(source: FormulaSource, out: Path) -> None:
     manifest = convert(source, out, progress=lambda *step: seen.append(step))
     experts = sum(layer.file_bytes for layer in manifest.layers)
     for what, total in (
-        ("quantizing experts", experts),
+        ("converting experts", experts),
         ("copying the rest", manifest.resident.bytes),
     ):
         own = [(done, of) for name, done, of in seen if name == what]

@@ -1,6 +1,7 @@
 """Does the manifest survive a round trip, and is every field of it distrusted?"""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,12 @@ def test_round_trip() -> None:
     assert parse_manifest(write_manifest(manifest)) == manifest
 
 
+@pytest.mark.parametrize("bits", [4, 8, 16, 32])
+def test_every_width_of_a_record(bits: int) -> None:
+    manifest = replace(make_manifest(), quantization={"bits": bits})
+    assert parse_manifest(write_manifest(manifest)).quantization == {"bits": bits}
+
+
 def test_places_and_sizes() -> None:
     manifest = make_manifest()
     layer = manifest.layers[1]
@@ -70,7 +77,11 @@ BAD_FIELDS = [
     (("format",), "1"),
     (("format",), True),
     (("dtype",), "complex64"),
-    (("quantization", "bits"), 8),
+    (("quantization", "bits"), 2),
+    (("quantization", "bits"), 12),
+    (("quantization", "bits"), 64),
+    (("quantization", "bits"), 16.0),
+    (("quantization", "bits"), "4"),
     (("quantization",), None),
     (("layers",), []),
     (("layers",), {}),

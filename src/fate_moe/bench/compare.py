@@ -1,0 +1,177 @@
+"""What does each precision cost, side by side, against the model's own weights?
+
+Settings run one after the other, each within the same memory limits; only files lie between them.
+The reference, the unquantized experts, runs first.
+"""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fate_moe.bench.evaluate import Evaluation, Reference, Tasks, evaluate
+from fate_moe.bench.likelihood import SCORED_TOKENS
+from fate_moe.config import make_config
+from fate_moe.engine.build import build
+from fate_moe.engine.prepare import find_store
+from fate_moe.errors import ConfigError
+from fate_moe.models.load import load_tokenizer
+from fate_moe.types import Progress
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """How a model's experts are stored and computed.
+
+    Attributes:
+        bits: of the store; None = whatever the store has.
+        fitted: scales fitted (True) or plain min-max.
+        int2: which experts are computed from two bits.
+        says: what the table's reader should know.
+    """
+
+    bits: int | None
+    fitted: bool = True
+    int2: str = "never"
+    says: str = ""
+
+
+AS_STORED = Setting(None)
+ORIGINAL = "original"
+SETTINGS = {
+    ORIGINAL: Setting(16, says="the checkpoint's own weights: the reference"),
+    "int8": Setting(8, says="8 bits"),
+    "int4": Setting(4, says="4 bits, fitted scales: what fate convert makes"),
+    "int4-minmax": Setting(4, fitted=False, says="4 bits, plain min-max scales"),
+    "int2": Setting(4, int2="always", says="the high 2 bits of the 4-bit experts"),
+    "hybrid": Setting(4, int2="tail", says="in prefill the least popular experts in 2 bits"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """Where the settings' stores come from and within which limits they run.
+
+    Attributes:
+        model: name, as for `fate_moe.load`; no store.
+        cache_dir: where stores are kept.
+        revision: of a hub id.
+        policy: preset of the engine.
+        settings: further settings of `make_config`, such as ram or experts.
+    """
+
+    model: str
+    cache_dir: Path
+    revision: str | None = None
+    policy: str = "fate"
+    settings: Mapping[str, object] | None = None
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Check names of settings.
+
+    Raises:
+        ConfigError: one is unknown, or stands twice, or there is none.
+    """
+    for name in names:
+        if name not in SETTINGS:
+            raise ConfigError(f"compare: {name!r} is none of {', '.join(SETTINGS)}")
+    if not names or len(set(names)) != len(names):
+        raise ConfigError(f"compare: need different names out of {', '.join(SETTINGS)}")
+
+
+def compare(
+    models: Models, names: Sequence[str], wanted: Tasks, progress: Progress
+) -> dict[str, Evaluation]:
+    """Evaluate one model with several settings.
+
+    Args:
+        names: keys of SETTINGS; `original` is always added, as the first.
+    Returns:
+        Evaluations by name, the reference first.
+    Raises:
+        ConfigError: unknown names; FateError: as `fate_moe.load` and `evaluate`.
+    """
+    check_names(names)
+    found = {}
+    with tempfile.TemporaryDirectory(prefix="fate-eval-") as folder:
+        reference = Reference(Path(folder))
+        for name in (ORIGINAL, *(name for name in names if name != ORIGINAL)):
+            is_first = name == ORIGINAL
+            found[name] = run_one(
+                models,
+                SETTINGS[name],
+                wanted,
+                against=None if is_first else reference,
+                keep=reference if is_first else None,
+                progress=_prefixed(progress, name),
+            )
+    return found
+
+
+def evaluate_one(
+    models: Models, wanted: Tasks, against: str | None, scratch: Path, progress: Progress
+) -> Evaluation:
+    """Evaluate a model as it is stored, against a reference if one is named.
+
+    Args:
+        against: a store of the same model, or `original`.
+        scratch: an empty folder for the reference's hidden states, 4 D bytes a token.
+    Raises:
+        ConfigError: the reference has another head; FateError: as `fate_moe.load`.
+    """
+    reference = None
+    if against is not None:
+        if wanted.text is None:
+            raise ConfigError("against: it compares on a text; give --text")
+        reference = Reference(scratch)
+        is_own = against == ORIGINAL
+        run_one(
+            models if is_own else replace(models, model=against),
+            SETTINGS[ORIGINAL] if is_own else AS_STORED,
+            Tasks(wanted.text, wanted.sequence_tokens, wanted.most_tokens),
+            against=None,
+            keep=reference,
+            progress=_prefixed(progress, "reference"),
+        )
+    return run_one(models, AS_STORED, wanted, against=reference, keep=None, progress=progress)
+
+
+def run_one(
+    models: Models,
+    setting: Setting,
+    wanted: Tasks,
+    *,
+    against: Reference | None,
+    keep: Reference | None,
+    progress: Progress,
+) -> Evaluation:
+    """Load a model with one setting, evaluate it, and give everything back."""
+    config = make_config(
+        models.policy,
+        **{"int2": setting.int2, "scored_tokens": SCORED_TOKENS, **(models.settings or {})},
+    )
+    store = find_store(
+        models.model,
+        cache_dir=models.cache_dir,
+        revision=models.revision,
+        bits=setting.bits,
+        fitted=setting.fitted,
+        progress=progress,
+    )
+    tokenizer: Any = load_tokenizer(store)
+    engine = build(store, config, progress=progress)
+    try:
+        return evaluate(engine, tokenizer, wanted, against=against, keep=keep, progress=progress)
+    finally:
+        engine.close()
+        del engine.model
+        gc.collect()
+
+
+def _prefixed(progress: Progress, name: str) -> Progress:
+    return lambda what, done, total: progress(f"{name}: {what}", done, total)

@@ -1,0 +1,87 @@
+"""How likely does a model find a text?
+
+The body of the model runs on up to 512 tokens at once, its head on 64: memory stays within the
+plan that was made for `SCORED_TOKENS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fate_moe.engine.demands import PREFILL_CHUNK_TOKENS
+from fate_moe.errors import ConfigError
+from fate_moe.models.scores import Halves
+
+SCORED_TOKENS = 64
+
+
+class Likelihood:
+    """Scores token sequences with one transformers model, offloaded or not."""
+
+    def __init__(self, model: Any, context_tokens: int) -> None:
+        self.halves = Halves(model)
+        self._config = model.config
+        self._context_tokens = context_tokens
+
+    def hidden(self, ids: Sequence[int]) -> Tensor:
+        """Return the last hidden state of every token, [T, D].
+
+        Raises:
+            ConfigError: longer than the context.
+        """
+        if len(ids) > self._context_tokens:
+            raise ConfigError(
+                f"text: a sequence of {len(ids)} tokens, the context takes "
+                f"{self._context_tokens}; shorten it or raise --context"
+            )
+        if len(ids) <= PREFILL_CHUNK_TOKENS:
+            return self.halves.hidden(torch.tensor([list(ids)]))[0]
+        from transformers import DynamicCache
+
+        past = DynamicCache(config=self._config)
+        pieces = [
+            self.halves.hidden(
+                torch.tensor([list(ids[start : start + PREFILL_CHUNK_TOKENS])]), past
+            )
+            for start in range(0, len(ids), PREFILL_CHUNK_TOKENS)
+        ]
+        return torch.cat(pieces, 1)[0]
+
+    def hidden_of_many(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+        """As `hidden`, for several short sequences in one step: [T_i, D] each.
+
+        Padded on the right, where a causal model cannot see it.
+        """
+        longest = max(len(row) for row in rows)
+        if len(rows) == 1 or longest * len(rows) > PREFILL_CHUNK_TOKENS:
+            return [self.hidden(row) for row in rows]
+        padded = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
+        hidden = self.halves.hidden(padded)
+        return [one[: len(row)] for one, row in zip(hidden, rows, strict=True)]
+
+    def of_tokens(self, hidden: Tensor, ids: Sequence[int], first: int) -> tuple[Tensor, Tensor]:
+        """Score the tokens of a sequence from position `first` on, given what comes before each.
+
+        Args:
+            hidden: of the whole sequence, [T, D].
+            ids: the sequence.
+            first: 1 or later; nothing precedes token 0.
+        Returns:
+            Log-likelihood [T - first] float32, and whether each token is the likeliest one.
+        """
+        wanted = torch.tensor(ids[first:])
+        found, best = [], []
+        for start, scores in self.scores(hidden[first - 1 : -1]):
+            part = wanted[start : start + len(scores)]
+            found.append(scores.gather(1, part[:, None])[:, 0])
+            best.append(scores.argmax(1) == part)
+        return torch.cat(found), torch.cat(best)
+
+    def scores(self, hidden: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Yield where each piece starts and its log-probabilities [n, V]."""
+        for start in range(0, len(hidden), SCORED_TOKENS):
+            yield start, self.halves.log_probabilities(hidden[start : start + SCORED_TOKENS])

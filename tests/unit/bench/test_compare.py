@@ -1,0 +1,63 @@
+"""Do the settings of a comparison run as they are named, within the plan?"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fate_moe.bench import present
+from fate_moe.bench.compare import SETTINGS, Models, compare, evaluate_one
+from fate_moe.bench.evaluate import Tasks
+from fate_moe.bench.likelihood import SCORED_TOKENS
+from fate_moe.config import Config
+from fate_moe.types import no_progress
+
+WANTED = Tasks(text="The harbour at the end of the road. " * 8, sequence_tokens=64)
+
+
+@pytest.fixture
+def models(tiny_checkpoint: Path, tmp_path: Path) -> Models:
+    return Models(str(tiny_checkpoint), tmp_path / "cache", settings={"experts": "50%"})
+
+
+def test_the_plan_knows_how_many_scores_are_held(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = sys.modules["fate_moe.bench.compare"]
+    seen: list[Config] = []
+    build: Any = module.build  # type: ignore[attr-defined]
+
+    def spy(store: Path, config: Config, **rest: Any) -> Any:
+        seen.append(config)
+        return build(store, config, **rest)
+
+    monkeypatch.setattr(module, "build", spy)
+    evaluate_one(models, WANTED, None, tmp_path, no_progress)
+    assert [config.limits.scored_tokens for config in seen] == [SCORED_TOKENS]
+
+
+def test_progress_names_the_setting(models: Models) -> None:
+    told: set[str] = set()
+    found = compare(models, ["int2"], WANTED, lambda what, done, total: told.add(what))
+    assert list(found) == ["original", "int2"]
+    assert {"original: reading the text", "int2: reading the text"} <= told
+    assert {"original: converting experts", "int2: converting experts"} <= told
+
+
+def test_the_table_shows_what_was_measured(models: Models) -> None:
+    found = compare(models, ["int8", "int2"], WANTED, no_progress)
+    rows = present.markdown(found).splitlines()
+    assert rows[0] == (
+        "| setting | perplexity | change % | KL (nats) | same top token % | what it is |"
+    )
+    two = found["int2"]
+    assert two.perplexity is not None
+    assert found["original"].perplexity is not None
+    change = 100 * (two.perplexity / found["original"].perplexity - 1)
+    assert rows[-1] == (
+        f"| int2 | {two.perplexity:.2f} | {change:+.2f} | {two.kl:.4f} | "
+        f"{100 * (two.top1_agreement or 0):.1f} | {SETTINGS['int2'].says} |"
+    )
+    assert rows[2].startswith("| original |")
+    assert " - | - | - |" in rows[2]
