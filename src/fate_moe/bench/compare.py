@@ -6,7 +6,6 @@ The reference, the unquantized experts, runs first.
 
 from __future__ import annotations
 
-import gc
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,9 +14,9 @@ from typing import Any
 
 from fate_moe.bench.evaluate import Evaluation, Reference, Tasks, evaluate
 from fate_moe.bench.likelihood import SCORED_TOKENS
-from fate_moe.config import make_config
+from fate_moe.config import Config, make_config
 from fate_moe.engine.build import build
-from fate_moe.engine.prepare import find_store
+from fate_moe.engine.prepare import find_store, give_memory_back
 from fate_moe.errors import ConfigError
 from fate_moe.models.load import load_tokenizer
 from fate_moe.types import Progress
@@ -163,14 +162,27 @@ def run_one(
         fitted=setting.fitted,
         progress=progress,
     )
+    try:
+        return _measure(store, config, wanted, against=against, keep=keep, progress=progress)
+    finally:
+        give_memory_back()  # the next setting's plan starts from what this process holds
+
+
+def _measure(
+    store: Path,
+    config: Config,
+    wanted: Tasks,
+    *,
+    against: Reference | None,
+    keep: Reference | None,
+    progress: Progress,
+) -> Evaluation:
     tokenizer: Any = load_tokenizer(store)
     engine = build(store, config, progress=progress)
     try:
         return evaluate(engine, tokenizer, wanted, against=against, keep=keep, progress=progress)
     finally:
         engine.close()
-        del engine.model
-        gc.collect()
 
 
 def _prefixed(progress: Progress, name: str) -> Progress:

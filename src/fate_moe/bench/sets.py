@@ -19,7 +19,7 @@ from typing import IO
 
 from fate_moe.errors import ConfigError
 
-MAX_TEXT_BYTES = 1 << 30
+MAX_TEXT_CHARS = 1 << 24  # about four million tokens
 MAX_LINE_BYTES = 1 << 20
 MAX_QUESTIONS = 100_000
 MAX_CHOICES = 64
@@ -46,25 +46,24 @@ class LastWord:
 Questions = tuple[Choice, ...] | tuple[LastWord, ...]
 
 
-def read_text(path: Path, limit_chars: int | None = None) -> str:
-    """Read a text file, at most its first `limit_chars` characters.
+def read_text(path: Path) -> str:
+    """Read a text file.
 
     Raises:
-        ConfigError: it cannot be read, is no UTF-8, is empty, or is larger than 1 GiB.
+        ConfigError: it cannot be read, is no UTF-8, is empty, or too long.
     """
-    most = MAX_TEXT_BYTES if limit_chars is None else min(MAX_TEXT_BYTES, limit_chars)
     try:
         with _open(path) as file:
-            text = file.read(most + 1)
+            text = file.read(MAX_TEXT_CHARS + 1)
     except (OSError, EOFError, lzma.LZMAError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: it is no UTF-8 text: {error.reason}") from error
-    if limit_chars is None and len(text) > MAX_TEXT_BYTES:
-        raise ConfigError(f"{path}: larger than {MAX_TEXT_BYTES} characters; give a part of it")
+    if len(text) > MAX_TEXT_CHARS:
+        raise ConfigError(f"{path}: longer than {MAX_TEXT_CHARS} characters; give a part of it")
     if not text.strip():
         raise ConfigError(f"{path}: it is empty")
-    return text[:most]
+    return text
 
 
 def read_questions(path: Path, limit: int | None = None) -> Questions:

@@ -114,7 +114,7 @@ def convert_model(  # noqa: PLR0913 - a store's options, all of them by name
             manifest = convert(
                 source, store, force=force or stale, wait=out is None, progress=progress
             )
-    _give_memory_back()
+    give_memory_back()
     return store, manifest
 
 
@@ -215,7 +215,8 @@ def _folder(model: str) -> Path | None:
         return None
 
 
-def _give_memory_back() -> None:
+def give_memory_back() -> None:
+    """Collect what is unreachable and return free memory to the system, where that can be done."""
     # Building and converting leave the C library with free memory that counts as ours: hundreds of
     # MiB that the plan of the run that follows would have to pay for.
     gc.collect()

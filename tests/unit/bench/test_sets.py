@@ -74,6 +74,13 @@ def test_text_is_read_plain_and_compressed(tmp_path: Path) -> None:
     assert read_text(tmp_path / "a.txt") == read_text(tmp_path / "a.txt.xz") == "grüße " * 10
 
 
+def test_a_text_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sets, "MAX_TEXT_CHARS", 100)
+    (tmp_path / "long.txt.xz").write_bytes(lzma.compress(b"a" * 101))
+    with pytest.raises(ConfigError, match="longer than 100 characters; give a part"):
+        read_text(tmp_path / "long.txt.xz")
+
+
 def test_a_line_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sets, "MAX_LINE_BYTES", 100)
     with pytest.raises(ConfigError, match="line 1 is longer than 100"):
