@@ -122,9 +122,12 @@ def test_runs_in_a_memory_cgroup_of_its_budget(smolmoe_store: Path) -> None:
 def test_evaluating_stays_within_the_plan(smolmoe_store: Path) -> None:
     """With a reference and questions: the scores of 64 tokens at once, twice, and no more."""
     fate = str(Path(sys.executable).parent / "fate")
-    command = [fate, "eval", str(smolmoe_store), "--against", str(smolmoe_store), "--ram",
-               "1300MiB", "--experts", "50%", "--context", "1024", "--tokens", "1024", "--json"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    limits = ["--ram", "1300MiB", "--experts", "50%", "--context", "1024"]
+    store = str(smolmoe_store)
+    command = [fate, "eval", store, "--against", store, "--tokens", "1024", "--json"]
+    done = subprocess.run(
+        [*command, *limits], capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     run = json.loads(done.stdout)
     assert run["kl"] == 0

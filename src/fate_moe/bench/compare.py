@@ -7,7 +7,8 @@ The reference, the unquantized experts, runs first.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from fate_moe.bench.likelihood import SCORED_TOKENS
 from fate_moe.config import Config, make_config
 from fate_moe.engine.build import build
 from fate_moe.engine.prepare import find_store, give_memory_back
-from fate_moe.errors import ConfigError
+from fate_moe.errors import ConfigError, StoreError
 from fate_moe.models.load import load_tokenizer
+from fate_moe.store.format import is_store
 from fate_moe.types import Progress
 
 
@@ -97,8 +99,8 @@ def compare(
     """
     check_names(names)
     found = {}
-    with tempfile.TemporaryDirectory(prefix="fate-eval-") as folder:
-        reference = Reference(Path(folder))
+    with scratch_folder(models) as folder:
+        reference = Reference(folder)
         for name in (ORIGINAL, *(name for name in names if name != ORIGINAL)):
             is_first = name == ORIGINAL
             found[name] = run_one(
@@ -118,7 +120,8 @@ def evaluate_one(
     """Evaluate a model as it is stored, against a reference if one is named.
 
     Args:
-        against: a store of the same model, or `original`.
+        against: a store of the same model, its checkpoint (taken unquantized), or `original`, the
+            checkpoint that `models` names.
         scratch: an empty folder for the reference's hidden states, 4 D bytes a token.
     Raises:
         ConfigError: the reference has another head; FateError: as `fate_moe.load`.
@@ -128,16 +131,33 @@ def evaluate_one(
         if wanted.text is None:
             raise ConfigError("against: it compares on a text; give --text")
         reference = Reference(scratch)
-        is_own = against == ORIGINAL
+        name = models.model if against == ORIGINAL else against
+        is_stored = against != ORIGINAL and is_store(Path(name).expanduser())
         run_one(
-            models if is_own else replace(models, model=against),
-            SETTINGS[ORIGINAL] if is_own else AS_STORED,
+            replace(models, model=name),
+            AS_STORED if is_stored else SETTINGS[ORIGINAL],
             Tasks(wanted.text, wanted.sequence_tokens, wanted.most_tokens),
             against=None,
             keep=reference,
             progress=_prefixed(progress, "reference"),
         )
     return run_one(models, AS_STORED, wanted, against=reference, keep=None, progress=progress)
+
+
+@contextmanager
+def scratch_folder(models: Models) -> Iterator[Path]:
+    """Make a folder beside the stores, on disk: /tmp may be memory that no plan counts.
+
+    Raises:
+        StoreError: the cache folder cannot be written.
+    """
+    try:
+        models.cache_dir.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(prefix=".eval-", dir=models.cache_dir)
+    except OSError as error:
+        raise StoreError(f"{models.cache_dir}: cannot be written: {error.strerror}") from error
+    with folder as name:
+        yield Path(name)
 
 
 def run_one(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -16,7 +16,7 @@ from fate_moe.bench import tasks
 from fate_moe.bench.likelihood import Likelihood
 from fate_moe.bench.sets import Questions
 from fate_moe.engine.handle import Engine
-from fate_moe.errors import ConfigError
+from fate_moe.errors import ConfigError, StoreError
 from fate_moe.telemetry import Report
 from fate_moe.types import Progress
 
@@ -68,17 +68,28 @@ class Evaluation:
 class Reference:
     """The last hidden states of the text in the reference model, in a folder; one file a sequence.
 
-    D numbers a token, where its scores would be V. Whoever is compared must have the same head.
+    D numbers a token, where its scores would be V. Whoever is compared must have the same output
+    projection.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._count = 0
-        self._head: tuple[float, ...] = ()
+        self._projection: tuple[float, ...] = ()
 
     def add(self, hidden: Tensor) -> None:
-        """Keep the next sequence, [T, D]."""
-        save_file({"hidden": hidden.contiguous()}, self._file(self._count))
+        """Keep the next sequence, [T, D].
+
+        Raises:
+            StoreError: the folder cannot take it.
+        """
+        try:
+            save_file({"hidden": hidden.contiguous()}, self._file(self._count))
+        except (SafetensorError, OSError) as error:
+            raise StoreError(
+                f"{self._folder}: cannot keep the reference: {error}; free some space there, or "
+                "name another cache folder"
+            ) from error
         self._count += 1
 
     def __len__(self) -> int:
@@ -90,17 +101,17 @@ class Reference:
             hidden: Tensor = file.get_tensor("hidden")
         return hidden
 
-    def remember_head(self, likelihood: Likelihood) -> None:
+    def remember_projection(self, likelihood: Likelihood) -> None:
         """Note the output projection that its hidden states belong to."""
-        self._head = _fingerprint(likelihood.halves.head_weight)
+        self._projection = _fingerprint(likelihood.halves.projection)
 
-    def check_head(self, likelihood: Likelihood) -> None:
+    def check_projection(self, likelihood: Likelihood) -> None:
         """Refuse a model with another output projection.
 
         Raises:
             ConfigError: it has one.
         """
-        if _fingerprint(likelihood.halves.head_weight) != self._head:
+        if _fingerprint(likelihood.halves.projection) != self._projection:
             raise ConfigError(
                 "against: the reference has another output projection or vocabulary; "
                 "give a store or checkpoint of the same model"
@@ -111,11 +122,14 @@ class Reference:
 
 
 def _fingerprint(weight: Tensor) -> tuple[float, ...]:
-    # Exact in float64 up to the order of the sum, which one machine and one thread count fix; the
-    # dtype must match as well, or the two would not be compared through one and the same head.
-    rows = weight[:: max(1, len(weight) // 4096)].double()
-    return (*map(float, weight.shape), float(weight.element_size()), rows.sum().item(),
-            rows.square().sum().item())  # fmt: skip
+    # Float64 sums in a fixed order, a few rows at a time. The dtype counts, too: both models are
+    # compared through one and the same projection.
+    total = square = 0.0
+    for start in range(0, len(weight), 64):
+        rows = weight[start : start + 64]
+        total += rows.double().sum().item()
+        square += rows.double().square().sum().item()
+    return (*map(float, weight.shape), float(weight.element_size()), total, square)
 
 
 @torch.no_grad()
@@ -136,17 +150,22 @@ def evaluate(
         keep: put the text's hidden states here, to compare others with.
         progress: told about tokens, questions, prompts.
     Raises:
-        ConfigError: the reference has another head; the text does not fit the context.
+        ConfigError: the reference has another output projection; the text does not fit the context.
         ReadError: an expert could not be read.
     """
-    likelihood = Likelihood(engine.model, engine.context_tokens)
+    likelihood = Likelihood(
+        engine.model,
+        engine.context_tokens,
+        # What is unpopular in a step depends on who shares it.
+        together=engine.blueprint.config.compute.int2 != "tail",
+    )
     engine.reset()
     found = kl = top1 = None
     if wanted.text is not None:
         rows = tasks.sequences(tokenizer, wanted.text, wanted.sequence_tokens, wanted.most_tokens)
         comparison = None if against is None else _Comparison(likelihood, against)
         if keep is not None:
-            keep.remember_head(likelihood)
+            keep.remember_projection(likelihood)
         total = sum(map(len, rows))
         found = tasks.perplexity(
             likelihood,
@@ -180,7 +199,7 @@ class _Comparison:
     """Adds up how far one model's scores are from the reference's."""
 
     def __init__(self, likelihood: Likelihood, reference: Reference) -> None:
-        reference.check_head(likelihood)
+        reference.check_projection(likelihood)
         self._likelihood, self._reference = likelihood, reference
         self._index = self._tokens = self._agreed = 0
         self._total = 0.0

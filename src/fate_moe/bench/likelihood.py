@@ -1,7 +1,7 @@
 """How likely does a model find a text?
 
-The body of the model runs on up to 512 tokens at once, its head on 64: memory stays within the
-plan that was made for `SCORED_TOKENS`.
+The body of the model runs on up to 512 tokens at once, its output projection on 64: memory stays
+within the plan that was made for `SCORED_TOKENS`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,15 @@ SCORED_TOKENS = 64
 class Likelihood:
     """Scores token sequences with one transformers model, offloaded or not."""
 
-    def __init__(self, model: Any, context_tokens: int) -> None:
+    def __init__(self, model: Any, context_tokens: int, *, together: bool = True) -> None:
+        """Bind a model.
+
+        Args:
+            context_tokens: longest sequence.
+            together: short sequences may share a step; not where one changes another's result.
+        """
         self.halves = Halves(model)
+        self.step_tokens = min(PREFILL_CHUNK_TOKENS, context_tokens) if together else 0
         self._config = model.config
         self._context_tokens = context_tokens
 
@@ -35,29 +42,30 @@ class Likelihood:
         """
         if len(ids) > self._context_tokens:
             raise ConfigError(
-                f"text: a sequence of {len(ids)} tokens, the context takes "
-                f"{self._context_tokens}; shorten it or raise --context"
+                f"a sequence of {len(ids)} tokens, the context takes {self._context_tokens}; "
+                "shorten it or raise --context"
             )
         if len(ids) <= PREFILL_CHUNK_TOKENS:
             return self.halves.hidden(torch.tensor([list(ids)]))[0]
         from transformers import DynamicCache
 
         past = DynamicCache(config=self._config)
-        pieces = [
-            self.halves.hidden(
-                torch.tensor([list(ids[start : start + PREFILL_CHUNK_TOKENS])]), past
-            )
-            for start in range(0, len(ids), PREFILL_CHUNK_TOKENS)
-        ]
-        return torch.cat(pieces, 1)[0]
+        whole = torch.empty(0)
+        for start in range(0, len(ids), PREFILL_CHUNK_TOKENS):
+            piece = torch.tensor([list(ids[start : start + PREFILL_CHUNK_TOKENS])])
+            found = self.halves.hidden(piece, past)[0]
+            if not start:  # now its width is known
+                whole = found.new_empty(len(ids), found.shape[1])
+            whole[start : start + len(found)] = found
+        return whole
 
     def hidden_of_many(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:
         """As `hidden`, for several short sequences in one step: [T_i, D] each.
 
-        Padded on the right, where a causal model cannot see it.
+        Padded on the right, where a causal model cannot see it; the padding is routed, though.
         """
         longest = max(len(row) for row in rows)
-        if len(rows) == 1 or longest * len(rows) > PREFILL_CHUNK_TOKENS:
+        if len(rows) == 1 or longest * len(rows) > self.step_tokens:
             return [self.hidden(row) for row in rows]
         padded = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
         hidden = self.halves.hidden(padded)

@@ -20,7 +20,7 @@ from typing import IO
 from fate_moe.errors import ConfigError
 
 MAX_TEXT_CHARS = 1 << 24  # about four million tokens
-MAX_LINE_BYTES = 1 << 20
+MAX_LINE_CHARS = 1 << 20
 MAX_QUESTIONS = 100_000
 MAX_CHOICES = 64
 _DATA = Path(__file__).with_name("data")
@@ -74,7 +74,7 @@ def read_questions(path: Path, limit: int | None = None) -> Questions:
     Raises:
         ConfigError: it cannot be read, or a line is none of the two forms; names file and line.
     """
-    most = MAX_QUESTIONS if limit is None else min(limit, MAX_QUESTIONS)
+    most = MAX_QUESTIONS + 1 if limit is None else limit
     found: list[Choice | LastWord] = []
     try:
         for number, line in _lines(path):
@@ -85,6 +85,8 @@ def read_questions(path: Path, limit: int | None = None) -> Questions:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: it is no UTF-8 text: {error.reason}") from error
+    if len(found) > MAX_QUESTIONS:
+        raise ConfigError(f"{path}: over {MAX_QUESTIONS} questions; give --limit or a part of it")
     if not found:
         raise ConfigError(f"{path}: it holds no question")
     if len({type(one) for one in found}) > 1:
@@ -110,11 +112,16 @@ def _open(path: Path) -> IO[str]:
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     with _open(path) as file:
-        number = 0
-        while line := file.readline(MAX_LINE_BYTES + 1):
+        number = total = 0
+        while line := file.readline(MAX_LINE_CHARS + 1):
             number += 1
-            if len(line) > MAX_LINE_BYTES:
-                raise ConfigError(f"{path}: line {number} is longer than {MAX_LINE_BYTES}")
+            total += len(line)
+            if len(line) > MAX_LINE_CHARS:
+                raise ConfigError(f"{path}: line {number} is longer than {MAX_LINE_CHARS}")
+            if total > MAX_TEXT_CHARS:
+                raise ConfigError(
+                    f"{path}: longer than {MAX_TEXT_CHARS} characters; give --limit or a part of it"
+                )
             if line.strip():
                 yield number, line
 
@@ -135,11 +142,20 @@ def _question(where: str, line: str) -> Choice | LastWord:
         raise ConfigError(f"{where}: choices must be texts that are not empty")
     if type(gold) is not int or not 0 <= gold < len(choices):
         raise ConfigError(f"{where}: gold must be an index into choices, is {gold!r:.40}")
-    return Choice(_text(where, fields, "query"), tuple(choices), gold)
+    choices = tuple(_readable(where, "a choice", choice) for choice in choices)
+    return Choice(_text(where, fields, "query"), choices, gold)
 
 
 def _text(where: str, fields: dict[str, object], name: str) -> str:
     value = fields.get(name)
     if not isinstance(value, str) or not value:
         raise ConfigError(f"{where}: {name} must be text, is {value!r:.40}")
+    return _readable(where, name, value)
+
+
+def _readable(where: str, name: str, value: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair: JSON can spell it
+        raise ConfigError(f"{where}: {name} is no text: {error.reason}") from error
     return value

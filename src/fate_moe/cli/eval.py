@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -40,7 +39,7 @@ Tokens = Annotated[
     int | None,
     typer.Option(
         metavar="N", rich_help_panel=MEASURES,
-        help="Most tokens of the text, evenly spread. Default: all.",
+        help="Most tokens of the text, evenly spread. Default: all whole sequences.",
     ),
 ]  # fmt: skip
 Sequence = Annotated[
@@ -54,7 +53,8 @@ QuestionFiles = Annotated[
     list[Path] | None,
     typer.Option(
         "--questions", metavar="FILE", rich_help_panel=MEASURES,
-        help="Multiple choice or last words, one JSON object a line; may be given several times.",
+        help='One JSON object a line: {"query": .., "choices": [..], "gold": 0} or {"context": .., '
+        '"continuation": ..}. May be given several times.',
     ),
 ]  # fmt: skip
 Limit = Annotated[
@@ -67,22 +67,24 @@ JsonPrompts = Annotated[
     bool,
     typer.Option(
         "--json-prompts", rich_help_panel=MEASURES,
-        help="Ask 40 fixed questions that want JSON; count the valid answers.",
+        help="Ask 40 fixed questions that want JSON; count the valid answers of at most 96 tokens.",
     ),
 ]  # fmt: skip
 Against = Annotated[
     str | None,
     typer.Option(
         metavar="STORE", rich_help_panel=MEASURES,
-        help="Compare token by token with another store of the model, or with `original`: its own "
-        "weights, unquantized.",
+        help="Compare token by token with another store of the model, with a checkpoint "
+        "(unquantized), or with `original`: the model's own checkpoint.",
     ),
 ]  # fmt: skip
 Compare = Annotated[
     str | None,
     typer.Option(
         metavar="LIST", rich_help_panel=MEASURES,
-        help="Settings side by side, against the original: int8, int4, int4-minmax, int2, hybrid.",
+        help="Settings side by side, against the original: int8, int4, int4-minmax (plain scales), "
+        "int2 (the high bits of int4), hybrid (in prefill the least popular experts in int2). "
+        "Stores of 8 and 16 bits are made in the cache folder.",
     ),
 ]  # fmt: skip
 Out = Annotated[
@@ -193,10 +195,10 @@ def _tasks(
 def _one(
     models: Models, wanted: Tasks, against: str | None, progress: Progress
 ) -> dict[str, Evaluation]:
-    from fate_moe.bench.compare import evaluate_one
+    from fate_moe.bench.compare import evaluate_one, scratch_folder
 
-    with tempfile.TemporaryDirectory(prefix="fate-eval-") as folder:
-        return {"": evaluate_one(models, wanted, against, Path(folder), progress)}
+    with scratch_folder(models) as folder:
+        return {"": evaluate_one(models, wanted, against, folder, progress)}
 
 
 def _compare(

@@ -1,9 +1,9 @@
 """What does a model think of every next token, without holding all its scores at once?
 
-A causal model of transformers is a body (embedding, layers, last norm) and a head (output
-projection, and whatever the family does to the scores after it: scaling, capping). The body runs on
-a whole piece of text; the head, whose output is V numbers per token, on a few tokens at a time.
-The head is the family's own code: it runs with a body that hands out given hidden states.
+A causal model of transformers is a body (embedding, layers, last norm) and an output projection,
+with whatever the family does to the scores after it (scaling, capping). The body runs on a whole
+piece of text; the projection, which makes V numbers per token, on a few tokens at a time. It is the
+family's own code: the model runs with a body that hands out given hidden states.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fate_moe.errors import ModelError
 
 
 class Halves:
-    """A causal language model taken apart into body and head."""
+    """A causal language model taken apart into body and output projection."""
 
     def __init__(self, model: Any) -> None:
         """Take a transformers model apart; it stays usable.
@@ -36,7 +36,7 @@ class Halves:
         self._body: nn.Module = body
 
     @property
-    def head_weight(self) -> Tensor:
+    def projection(self) -> Tensor:
         """The output projection, [V, D]."""
         weight: Tensor = self._model.get_output_embeddings().weight
         return weight
@@ -50,7 +50,7 @@ class Halves:
 
     @torch.no_grad()
     def log_probabilities(self, hidden: Tensor) -> Tensor:
-        """Return what the head makes of hidden states [n, D]: log-probabilities [n, V], float32."""
+        """Return the log-probabilities [n, V], float32, of last hidden states [n, D]."""
         from transformers.modeling_outputs import MoeModelOutputWithPast
 
         body = self._model._modules[self._name]

@@ -1,14 +1,15 @@
 """Do the settings of a comparison run as they are named, within the plan?"""
 
-import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fate_moe.bench import compare as module
 from fate_moe.bench import present
 from fate_moe.bench.compare import SETTINGS, Models, compare, evaluate_one
-from fate_moe.bench.evaluate import Tasks
+from fate_moe.bench.evaluate import Evaluation, Tasks
 from fate_moe.bench.likelihood import SCORED_TOKENS
 from fate_moe.config import Config
 from fate_moe.types import no_progress
@@ -24,9 +25,8 @@ def models(tiny_checkpoint: Path, tmp_path: Path) -> Models:
 def test_the_plan_knows_how_many_scores_are_held(
     models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = sys.modules["fate_moe.bench.compare"]
     seen: list[Config] = []
-    build: Any = module.build  # type: ignore[attr-defined]
+    build: Any = module.build
 
     def spy(store: Path, config: Config, **rest: Any) -> Any:
         seen.append(config)
@@ -49,7 +49,7 @@ def test_the_table_shows_what_was_measured(models: Models) -> None:
     found = compare(models, ["int8", "int2"], WANTED, no_progress)
     rows = present.markdown(found).splitlines()
     assert rows[0] == (
-        "| setting | perplexity | change % | KL (nats) | same top token % | what it is |"
+        "| setting | perplexity | perplexity change % | KL (nats) | same top token % | what it is |"
     )
     two = found["int2"]
     assert two.perplexity is not None
@@ -61,3 +61,17 @@ def test_the_table_shows_what_was_measured(models: Models) -> None:
     )
     assert rows[2].startswith("| original |")
     assert " - | - | - |" in rows[2]
+
+
+def test_names_of_question_files_do_not_clash_with_columns(tmp_path: Path) -> None:
+    right = {"change": 0.75, "a|b$c$": 1.0}
+    one = Evaluation(10.0, 5, 0.5, 0.25, right, {}, 0.5, None)  # type: ignore[arg-type]
+    found = {"original": one, "int4": replace(one)}
+    rows = present.markdown(found).splitlines()
+    assert rows[0] == (
+        "| setting | perplexity | perplexity change % | KL (nats) | same top token % | change % | "
+        "a\\|b$c$ % | valid JSON % | what it is |"
+    )
+    assert rows[3].startswith("| int4 | 10.00 | +0.00 | 0.5000 | 25.0 | 75.0 | 100.0 | 50.0 |")
+    present.plot(found, tmp_path / "plot.png", "of $one: what")
+    assert (tmp_path / "plot.png").stat().st_size > 1000

@@ -82,9 +82,29 @@ def test_a_text_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_line_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sets, "MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(sets, "MAX_LINE_CHARS", 100)
     with pytest.raises(ConfigError, match="line 1 is longer than 100"):
         read_questions(write(tmp_path / "long.jsonl", {**CHOICE, "query": "?" * 200}))
+
+
+def test_a_file_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "long.jsonl", *[CHOICE] * 9)
+    monkeypatch.setattr(sets, "MAX_TEXT_CHARS", 300)
+    with pytest.raises(ConfigError, match="longer than 300 characters"):
+        read_questions(path)
+    assert len(read_questions(path, 2)) == 2
+    monkeypatch.setattr(sets, "MAX_TEXT_CHARS", 10_000)
+    monkeypatch.setattr(sets, "MAX_QUESTIONS", 8)
+    with pytest.raises(ConfigError, match="over 8 questions"):
+        read_questions(path)
+
+
+@pytest.mark.parametrize("field", ["query", "choices"])
+def test_half_a_surrogate_is_no_text(tmp_path: Path, field: str) -> None:
+    bad = {"query": "\\ud800", "choices": ["a", "\\ud800"]}[field]
+    row = json.dumps({**CHOICE, field: bad}).replace("\\\\", "\\")
+    with pytest.raises(ConfigError, match="line 1: (query|a choice) is no text"):
+        read_questions(write(tmp_path / "bad.jsonl", row))
 
 
 def test_what_comes_along_is_whole() -> None:

@@ -1,6 +1,7 @@
 """Does every measure equal what its definition gives on whole logits?"""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from fate_moe.bench import tasks
 from fate_moe.bench.evaluate import Evaluation, Reference, Tasks, evaluate
 from fate_moe.bench.likelihood import Likelihood
 from fate_moe.bench.sets import Choice, LastWord
+from fate_moe.engine.generate import Conversation
 from fate_moe.engine.handle import Engine
-from fate_moe.errors import ConfigError
+from fate_moe.errors import ConfigError, StoreError
 from fate_moe.models.load import load_tokenizer
 from fate_moe.models.scores import Halves
 from fate_moe.types import no_progress
@@ -38,7 +40,7 @@ def whole_scores(engine: Engine, ids: list[int]) -> torch.Tensor:
         return torch.log_softmax(engine.model(torch.tensor([ids])).logits[0].float(), -1)
 
 
-def test_body_and_head_make_the_model(engine: Engine) -> None:
+def test_body_and_projection_make_the_model(engine: Engine) -> None:
     ids = list(range(5, 60))
     halves = Halves(engine.model)
     body = engine.model.model
@@ -47,7 +49,7 @@ def test_body_and_head_make_the_model(engine: Engine) -> None:
     assert engine.model.model is body
 
 
-def test_the_head_is_the_familys_own() -> None:
+def test_the_projection_is_the_familys_own() -> None:
     """granitemoe divides its scores; a bare output projection would not."""
     from transformers import GraniteMoeConfig, GraniteMoeForCausalLM
 
@@ -67,7 +69,7 @@ def test_the_head_is_the_familys_own() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_the_body_comes_back_when_the_head_fails(engine: Engine) -> None:
+def test_the_body_comes_back_after_a_failure(engine: Engine) -> None:
     body = engine.model.model
     with pytest.raises(RuntimeError):
         Halves(engine.model).log_probabilities(torch.zeros(3, 7))
@@ -106,18 +108,51 @@ def test_long_sequences_go_through_in_pieces(
 
 def test_a_sequence_beyond_the_context_is_refused(tiny_store: Path, open_engine: Open) -> None:
     small = Likelihood(open_engine(tiny_store, experts="50%").model, 64)
-    with pytest.raises(ConfigError, match="65 tokens, the context takes 64"):
+    with pytest.raises(ConfigError, match="a sequence of 65 tokens, the context takes 64"):
         small.hidden(list(range(65)))
 
 
 def test_sequences_are_spread_evenly(tokenizer: Any) -> None:
     rows = tasks.sequences(tokenizer, TEXT, 20, None)
+    assert [token for row in rows for token in row] == tokenizer(TEXT).input_ids[: len(rows) * 20]
     few = tasks.sequences(tokenizer, TEXT, 20, 100)
     assert len(few) == 5
     assert few == [rows[i * len(rows) // 5] for i in range(5)]
     assert tasks.sequences(tokenizer, "short text", 50, None) == [tokenizer("short text").input_ids]
+    assert sum(map(len, tasks.sequences(tokenizer, TEXT, 64, 30))) == 30  # never more than asked
     with pytest.raises(ConfigError, match="1 tokens, need at least 2"):
         tasks.sequences(tokenizer, "a", 50, None)
+
+
+@pytest.mark.parametrize("size", [7, 33, 64])
+def test_a_text_in_pieces_has_the_same_tokens(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    text = f"{TEXT}  Two spaces.\n\nA new paragraph, and {'onelongword' * 12} at its end.  "
+    calls: list[str] = []
+
+    class Spy:
+        def __call__(self, piece: str, **options: Any) -> Any:
+            calls.append(piece)
+            return tokenizer(piece, **options)
+
+    monkeypatch.setattr(tasks, "_PIECE_CHARS", size)
+    rows = tasks.sequences(Spy(), text, 10, None)
+    assert "".join(calls) == text
+    assert len(calls) > 4
+    assert [token for row in rows for token in row] == tokenizer(text).input_ids[: 10 * len(rows)]
+
+
+def test_pieces_end_where_a_word_does(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def spy(piece: str, **options: Any) -> Any:
+        calls.append(piece)
+        return tokenizer(piece, **options)
+
+    monkeypatch.setattr(tasks, "_PIECE_CHARS", 50)
+    tasks.sequences(spy, TEXT, 10, None)
+    assert all(piece.startswith(" ") and not piece.startswith("  ") for piece in calls[1:])
 
 
 QUESTIONS = (
@@ -165,6 +200,41 @@ def test_several_questions_share_a_step(engine: Engine, tokenizer: Any) -> None:
     assert max(rows) > 3
 
 
+def test_together_and_alone_are_the_same(engine: Engine, tokenizer: Any) -> None:
+    rows = [tokenizer(TEXT[:length]).input_ids for length in (5, 60, 31, 44)]
+    likelihood = Likelihood(engine.model, 256)
+    for row, found in zip(rows, likelihood.hidden_of_many(rows), strict=True):
+        torch.testing.assert_close(found, likelihood.hidden(row), rtol=1e-4, atol=1e-4)
+    assert likelihood.step_tokens == 256  # no more than the context
+
+
+def test_the_tail_of_a_row_does_not_depend_on_its_neighbours(
+    tiny_store: Path, open_engine: Open, tokenizer: Any
+) -> None:
+    engine = open_engine(tiny_store, experts="50%", int2="tail", int2_share=0.4)
+    sizes: list[int] = []
+    engine.model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: sizes.append(kwargs["input_ids"].shape[0]), with_kwargs=True
+    )
+    evaluate(engine, tokenizer, Tasks(questions={"one": QUESTIONS}), progress=no_progress)
+    assert sizes == [1] * 36
+
+
+def test_questions_that_cannot_be_scored_are_named(engine: Engine, tokenizer: Any) -> None:
+    class Merging:
+        """Makes one token of anything short, as a real vocabulary may."""
+
+        def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+            return {"input_ids": [7] if len(text) < 9 else tokenizer(text).input_ids}
+
+    likelihood = Likelihood(engine.model, 64)
+    short = (LastWord(TEXT[:20], TEXT[20:24]), LastWord("He", "llo"))
+    with pytest.raises(ConfigError, match="questions: number 2: 'Hello' is a single token"):
+        tasks.accuracy(likelihood, Merging(), short, lambda done: None)
+    with pytest.raises(ConfigError, match="questions: number 1: a sequence of 91 tokens"):
+        tasks.accuracy(likelihood, tokenizer, (LastWord(TEXT[:90], "x"),), lambda done: None)
+
+
 def test_last_words_are_right_when_every_token_is_the_likeliest(
     engine: Engine, tokenizer: Any
 ) -> None:
@@ -196,6 +266,7 @@ def test_last_words_are_right_when_every_token_is_the_likeliest(
         ("no JSON here", False),
         ("3", False),
         ("[" * 100_000, False),
+        ('{"a": NaN}', False),
     ],
 )
 def test_json_is_found_in_an_answer(text: str, valid: bool) -> None:
@@ -234,7 +305,7 @@ def test_distance_to_a_reference(
     assert other.kl > 0.01
 
 
-def test_another_head_is_no_reference(
+def test_another_projection_is_no_reference(
     engine: Engine, tokenizer: Any, tiny_store: Path, open_engine: Open, tmp_path: Path
 ) -> None:
     reference = Reference(tmp_path)
@@ -246,14 +317,33 @@ def test_another_head_is_no_reference(
         run(other, tokenizer, against=reference)
 
 
-def test_json_prompts_are_asked(engine: Engine, tokenizer: Any) -> None:
-    wanted = Tasks(json_prompts=("Write an empty JSON object.", "And a list."))
+def test_json_prompts_are_asked(
+    engine: Engine, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = {"one": '{"a": 1}', "two": "[1, 2", "three": "Sure: [1, 2]", "four": "no"}
+    asked: list[str] = []
+    ask = Conversation.ask
+
+    def spy(self: Conversation, prompt: Any, sampling: Any, *rest: Any) -> Any:
+        asked.append(prompt[0]["content"])
+        return replace(ask(self, prompt, sampling, *rest), text=answers[asked[-1]])
+
+    monkeypatch.setattr(Conversation, "ask", spy)
     steps: list[tuple[str, int, int]] = []
-    found = evaluate(engine, tokenizer, wanted, progress=lambda *step: steps.append(step))
-    assert found.valid_json is not None
-    assert 0 <= found.valid_json <= 1
-    assert steps == [("asking for JSON", 1, 2), ("asking for JSON", 2, 2)]
+    found = evaluate(engine, tokenizer, Tasks(json_prompts=tuple(answers)),
+                     progress=lambda *step: steps.append(step))  # fmt: skip
+    assert asked == list(answers)
+    assert found.valid_json == 0.5
+    assert steps == [("asking for JSON", i, 4) for i in (1, 2, 3, 4)]
     assert found.report.requests > 0
+
+
+def test_a_reference_that_cannot_be_kept_is_one_line(
+    engine: Engine, tokenizer: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(StoreError, match="absent: cannot keep the reference") as caught:
+        run(engine, tokenizer, keep=Reference(tmp_path / "absent"))
+    assert "\n" not in str(caught.value)
 
 
 def test_scores_are_part_of_the_plan(tiny_store: Path, open_engine: Open) -> None:

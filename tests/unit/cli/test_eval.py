@@ -72,7 +72,11 @@ def test_questions_and_the_text_that_comes_along(tiny_store: Path, questions: Pa
     data = measured(tiny_store, "--questions", questions, "--limit", 4, "--experts", "50%")
     assert data["perplexity"] is None
     assert data["asked"] == {"animals": 4}
-    assert data["right"]["animals"] in (0, 0.25, 0.5, 0.75, 1)
+    flipped = [{**json.loads(line), "gold": 1 - json.loads(line)["gold"]}
+               for line in questions.read_text().splitlines()]  # fmt: skip
+    questions.write_text("\n".join(map(json.dumps, flipped)))
+    other = measured(tiny_store, "--questions", questions, "--limit", 4, "--experts", "50%")
+    assert data["right"]["animals"] + other["right"]["animals"] == 1  # wrong becomes right
     alone = fate(tiny_store, "--sequence", 64, "--tokens", 128, "--experts", "50%")
     assert alone.exit_code == 0
     assert re.search(r"^perplexity: \d+\.\d\d over 126 tokens$", alone.stdout, re.MULTILINE)
@@ -88,6 +92,8 @@ def test_the_reference_may_be_a_store_or_the_original(
     assert itself["top1_agreement"] == 1
     original = measured(tiny_checkpoint, *common, "--against", "original")
     assert original["kl"] > 0
+    named = measured(tiny_store, *common, "--against", tiny_checkpoint)
+    assert named["kl"] == original["kl"]
     assert original["perplexity"] == itself["perplexity"]
 
 
