@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from fate_moe.bench.sets import own_text
 from fate_moe.errors import BudgetError, ConfigError
 from tests import cgroup
 from tests.conftest import Open
@@ -119,17 +120,24 @@ def test_runs_in_a_memory_cgroup_of_its_budget(smolmoe_store: Path) -> None:
 
 
 @pytest.mark.smolmoe
-def test_evaluating_stays_within_the_plan(smolmoe_store: Path) -> None:
+def test_evaluating_stays_within_the_plan(smolmoe_store: Path, tmp_path: Path) -> None:
     """With a reference and questions: the scores of 64 tokens at once, twice, and no more."""
+    questions = tmp_path / "animals.jsonl"
+    row = {"query": "Which animal says meow?", "choices": ["a cat", "a dog"], "gold": 0}
+    questions.write_text("\n".join([json.dumps(row)] * 20))
+    text = tmp_path / "text.txt"
+    text.write_text(own_text(), encoding="utf-8")
     fate = str(Path(sys.executable).parent / "fate")
     limits = ["--ram", "1300MiB", "--experts", "50%", "--context", "1024"]
     store = str(smolmoe_store)
     command = [fate, "eval", store, "--against", store, "--tokens", "1024", "--json"]
+    command += ["--questions", str(questions), "--text", str(text)]
     done = subprocess.run(
         [*command, *limits], capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
     run = json.loads(done.stdout)
     assert run["kl"] == 0
+    assert run["asked"] == {"animals": 20}
     assert run["evictions"] > 0
     assert run["peak_rss_bytes"] <= run["planned_bytes"] <= run["budget_bytes"]

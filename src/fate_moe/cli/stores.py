@@ -46,7 +46,11 @@ def convert(
     ] = 64,
     bits: Annotated[
         int,
-        typer.Option(metavar="N", help="Per weight: 4, 8, or 16 for experts left as they are."),
+        typer.Option(
+            metavar="N",
+            help="Per weight: 4, 8, or 16 (experts stay as they are). Other commands take a store "
+            "of 8 or 16 bits by its path.",
+        ),
     ] = 4,
     scales: Annotated[
         str,
