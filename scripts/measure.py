@@ -119,8 +119,10 @@ def processor() -> str:
 def fill(text: str, name: str, content: str) -> str:
     """Replace what stands between a pair of markers."""
     start, end = f"<!-- measure:{name} -->", f"<!-- /measure:{name} -->"
-    before, _, rest = text.partition(start)
-    _, _, after = rest.partition(end)
+    before, found, rest = text.partition(start)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise SystemExit(f"the document lacks {start} ... {end}; add both lines where it belongs")
     return f"{before}{start}\n{content}{end}{after}"
 
 

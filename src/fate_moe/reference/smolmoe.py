@@ -41,7 +41,9 @@ SMOLMOE = "smolmoe"
 
 RECIPE_PATH = Path(__file__).with_name("smolmoe.safetensors")
 
-_FORMAT_VERSION = 1  # raise when the same recipe would give other files
+_FFN = ("gate", "up", "down")
+_NORMS = {"input_norm": "input_layernorm", "post_attention_norm": "post_attention_layernorm"}
+_FORMAT_VERSION = 2  # raise when the same recipe would give other files
 
 _README = """\
 # smolmoe
@@ -202,14 +204,22 @@ def moe_tensors(
         recipe: how to carve them.
         progress: told about layers.
     """
-    from fate_moe.reference.recipe import NUM_LAYERS, carve_ffn
+    from fate_moe.reference.recipe import NUM_LAYERS, carve_ffn, changed
 
     tensors = {name: tensor for name, tensor in dense.items() if ".mlp." not in name}
     for layer in range(NUM_LAYERS):
         progress("carving experts", layer, NUM_LAYERS)
-        prefix = f"model.layers.{layer}.mlp."
-        gate, up, down = (dense[f"{prefix}{part}_proj.weight"] for part in ("gate", "up", "down"))
-        carved = carve_ffn(gate, up, down, recipe.layer(layer))
-        tensors.update({prefix + name: tensor for name, tensor in carved.items()})
+        prefix, own = f"model.layers.{layer}.", recipe.layer(layer)
+        gate, up, down = (dense[f"{prefix}mlp.{part}_proj.weight"] for part in _FFN)
+        carved = carve_ffn(gate, up, down, own)
+        tensors.update({f"{prefix}mlp.{name}": tensor for name, tensor in carved.items()})
+        for part in own.deltas.keys() - _FFN:
+            name = f"{prefix}self_attn.{part}_proj.weight"
+            tensors[name] = changed(dense[name], own, part)
+        for part, module in _NORMS.items():
+            if part in recipe.norms:
+                tensors[f"{prefix}{module}.weight"] = recipe.norms[part][layer].to(gate.dtype)
+    if "norm" in recipe.norms:
+        tensors["model.norm.weight"] = recipe.norms["norm"].to(tensors["model.norm.weight"].dtype)
     progress("carving experts", NUM_LAYERS, NUM_LAYERS)
     return tensors

