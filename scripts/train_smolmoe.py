@@ -9,7 +9,7 @@ on chats that the dense model wrote (one row in eight), plus a load-balancing te
 falls to zero over the last part. A run can be stopped (Ctrl-C, SIGTERM; after the step it is in);
 the same command goes on with it, also to another `--tokens`, as if it had never stopped. Everything
 it needs again lies in DIR; `log.jsonl` there is the curve. Without `--start` the carving comes
-first (carve_smolmoe.py).
+first (carve_smolmoe.py); with a trained recipe there the text goes on where that one's ended.
 """
 
 from __future__ import annotations
@@ -285,10 +285,13 @@ class Trainer:
         return True
 
 
-def run(trainer: Trainer, text: Tensor, chat: Tensor, rows: Tensor) -> None:
-    """Train to the last step or a signal; a curve point and a checkpoint now and then."""
+def run(trainer: Trainer, text: Tensor, chat: Tensor, rows: Tensor, seen: int = 0) -> None:
+    """Train to the last step or a signal; a curve point and a checkpoint now and then.
+
+    seen: tokens that the start recipe was trained on.
+    """
     options = trainer.options
-    stream = batches(text, chat, options.rows, trainer.step)
+    stream = batches(text, chat, options.rows, trainer.step + steps_seen(seen, options.rows))
     began, first = time.perf_counter(), trainer.step
     while trainer.step < trainer.steps and not trainer.stopping:
         trainer.train_step(next(stream))
@@ -331,6 +334,17 @@ def cut_log(log: Path, step: int) -> None:
         log.write_text("".join(kept), encoding="utf-8")
 
 
+def trained_tokens(path: Path) -> int:
+    """Return how many tokens a recipe was trained on; 0 for one that was only carved."""
+    with safe_open(path, "pt") as file:
+        return int((file.metadata() or {}).get("tokens", 0))
+
+
+def steps_seen(tokens: int, rows: int) -> int:
+    """Return how many steps of this many rows saw so many tokens."""
+    return math.ceil(tokens / (rows * SEQUENCE))
+
+
 def check_paths(options: argparse.Namespace) -> None:
     """Refuse, before hours of work, what would fail after them.
 
@@ -358,19 +372,21 @@ def main() -> None:
     resumed = trainer.resume()
     rows = heldout(base.tokenizer, options.heldout, options.heldout_tokens)
     chat = cached_chats(dense, base.tokenizer, options)  # slow: after all that may be refused
-    needed = options.tokens // SEQUENCE + 1
+    seen = trained_tokens(start_path)
+    needed = (seen + options.tokens) // SEQUENCE + options.rows
     text = passages(base.tokenizer, options.corpus, needed)
     trainer.stop_on_signals()
     cut_log(options.work / "log.jsonl", trainer.step if resumed else -1)
     if not resumed:
         note(f"dense {perplexity(dense, rows.to(options.device)):.2f}")
         record(trainer, rows)
-    run(trainer, text, chat, rows)
+    run(trainer, text, chat, rows, seen)
     if trainer.step < trainer.steps:
         trainer.save()
         note(f"stopped at step {trainer.step}; the same command goes on")
         return
-    facts = {"tokens": str(trainer.step * options.rows * SEQUENCE), "seed": str(options.seed)}
+    tokens = seen + trainer.step * options.rows * SEQUENCE
+    facts = {"tokens": str(tokens), "seed": str(options.seed)}
     recipe_of(trainer.student, start).save(options.out, facts)
     note(f"{options.out}: {options.out.stat().st_size / 1e6:.1f} MB")
 

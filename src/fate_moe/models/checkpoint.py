@@ -17,7 +17,8 @@ from torch import Tensor
 from fate_moe.errors import FormatError, ModelError
 from fate_moe.models.expert_index import ExpertIndex, ExpertLayer, index_experts
 from fate_moe.models.load import read_skeleton
-from fate_moe.models.shards import FLOATS, Shards, file_digest, read_json
+from fate_moe.models.shards import Shards, file_digest, read_json
+from fate_moe.models.weights import FLOATS, Weights
 from fate_moe.quant.codec import encode
 from fate_moe.quant.record import BiasSpec, MatrixSpec, RecordLayout, choose_group
 from fate_moe.store.convert import SourceLayer, SourceTensor, small_files
@@ -54,12 +55,14 @@ def open_checkpoint(
     Memory: headers only; no weight is read.
     """
     family = _check_config(folder)
-    shards = Shards(folder)
-    index = index_experts(read_skeleton(folder).module, family, shards)
-    files = {name: file_digest(folder / name) for name in small_files(folder)} | shards.digests
+    weights: Weights = Shards(folder)
+    index = index_experts(read_skeleton(folder).module, family, weights)
+    files = {name: file_digest(folder / name) for name in small_files(folder)} | dict(
+        weights.digests
+    )
     name = source_id or folder.resolve().name
     origin = Source(name, revision, files)
-    return CheckpointSource(folder, origin, shards, index, group=group, bits=bits, fitted=fitted)
+    return CheckpointSource(folder, origin, weights, index, group=group, bits=bits, fitted=fitted)
 
 
 class CheckpointSource:
@@ -72,7 +75,7 @@ class CheckpointSource:
         self,
         folder: Path,
         source: Source,
-        shards: Shards,
+        weights: Weights,
         index: ExpertIndex,
         *,
         group: int,
@@ -83,7 +86,7 @@ class CheckpointSource:
         self.source = source
         self.expert_layers = index.layers
         self._resident_keys = index.resident_keys
-        self._shards = shards
+        self._weights = weights
         self._group = group
         self._fitted = fitted
         if bits == 16 and self.dtype == "float32":
@@ -96,7 +99,7 @@ class CheckpointSource:
     def dtype(self) -> str:
         """Dtype of the experts' matrices, such as "bfloat16"; of mixed ones, float32."""
         found = {
-            FLOATS[self._shards.tensors[part.key].entry.dtype]
+            FLOATS[self._weights.tensors[part.key].dtype]
             for layer in self.expert_layers
             for (name, _), parts in layer.parts.items()
             if len(layer.params[name]) == 3
@@ -132,9 +135,9 @@ class CheckpointSource:
     @cached_property
     def resident(self) -> tuple[SourceTensor, ...]:
         """Everything that is no routed expert; wide dtypes first, so that all are aligned."""
-        entries = [self._shards.tensors[key].entry for key in self._resident_keys]
+        entries = [self._weights.tensors[key] for key in self._resident_keys]
         entries.sort(key=lambda entry: (-ITEM_BYTES[entry.dtype], entry.name))
-        return tuple(SourceTensor(entry.name, entry.dtype, entry.shape) for entry in entries)
+        return tuple(entries)
 
     def expert(self, key: ExpertKey) -> dict[str, Tensor]:
         """Read one expert: parameter name -> matrix [out, in] or bias [out], source dtype.
@@ -159,11 +162,11 @@ class CheckpointSource:
 
     def read_resident(self, name: str) -> Iterator[memoryview]:
         """Yield the bytes of one resident tensor in pieces of at most 8 MiB."""
-        return self._shards.pieces(name)
+        return self._weights.pieces(name)
 
     def close(self) -> None:
-        """Close the shard files."""
-        self._shards.close()
+        """Close the files."""
+        self._weights.close()
 
     def __enter__(self) -> CheckpointSource:
         return self
@@ -174,7 +177,7 @@ class CheckpointSource:
     def _parameter(self, layer: ExpertLayer, name: str, expert: int) -> Tensor:
         tensors = []
         for part in layer.parts[name, expert]:
-            tensor = self._shards.load(part.key, expert if part.is_fused else None)
+            tensor = self._weights.load(part.key, expert if part.is_fused else None)
             tensors.append(tensor.mT if part.is_flipped else tensor)
         joined = tensors[0] if len(tensors) == 1 else torch.cat(tensors, 0)
         return joined.mT if layer.transposed and joined.dim() == 2 else joined

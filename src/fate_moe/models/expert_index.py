@@ -21,7 +21,7 @@ from torch import nn
 
 from fate_moe.errors import ModelError
 from fate_moe.models.seam import find_experts
-from fate_moe.models.shards import FLOATS, Shards
+from fate_moe.models.weights import FLOATS, Weights
 
 _EXPERT_IN_KEY = re.compile(r"experts\.(\d+)\.")
 _KNOWN_OPERATIONS = {"MergeModulelist", "Concatenate", "Transpose"}
@@ -69,13 +69,13 @@ class ExpertIndex:
     resident_keys: tuple[str, ...]
 
 
-def index_experts(skeleton: nn.Module, family: str, shards: Shards) -> ExpertIndex:
+def index_experts(skeleton: nn.Module, family: str, weights: Weights) -> ExpertIndex:
     """Sort a checkpoint's tensors into routed experts and the rest.
 
     Args:
         skeleton: the model on the meta device, experts included.
         family: its model_type, for messages.
-        shards: the checkpoint.
+        weights: the checkpoint.
     Raises:
         ModelError: no MoE, an unsupported family, or a missing or unusable expert tensor.
     """
@@ -85,7 +85,7 @@ def index_experts(skeleton: nn.Module, family: str, shards: Shards) -> ExpertInd
     resident: list[str] = []
     names = _Names(skeleton)
     # The library's order: some renamings look at what came before.
-    for key in sorted(shards.tensors, key=_natural):
+    for key in sorted(weights.tensors, key=_natural):
         target, order, count, flip = names.target(key)
         path, _, name = target.rpartition(".")
         if name in params.get(path, ()):
@@ -100,7 +100,7 @@ def index_experts(skeleton: nn.Module, family: str, shards: Shards) -> ExpertInd
         for name, shape in params[path].items():
             for expert, joined in enumerate(_join(found.get((path, name), []), shape[0])):
                 where = f"{path}.{name}, expert {expert}"
-                parts[name, expert] = _check_parts(where, joined, shape, shards)
+                parts[name, expert] = _check_parts(where, joined, shape, weights)
         num_experts = next(iter(params[path].values()))[0]
         transposed = bool(getattr(module, "is_transposed", False))
         layers.append(ExpertLayer(path, num_experts, transposed, params[path], parts))
@@ -208,7 +208,7 @@ def _join(found: list[_Found], num_experts: int) -> list[list[_Found]]:
 
 
 def _check_parts(
-    where: str, found: list[_Found], param: tuple[int, ...], shards: Shards
+    where: str, found: list[_Found], param: tuple[int, ...], weights: Weights
 ) -> tuple[Part, ...]:
     """Check that the tensors of one expert's parameter join to its shape."""
     if not found or [item.order for item in found] != list(range(found[0].count)):
@@ -216,7 +216,7 @@ def _check_parts(
         raise ModelError(f"{where}: tensors are missing in the checkpoint, found: {have}")
     parts, rows = [], 0
     for item in found:
-        entry = shards.tensors[item.key].entry
+        entry = weights.tensors[item.key]
         shape = entry.shape
         if item.expert is None:
             if shape[:1] != param[:1]:

@@ -18,19 +18,20 @@ import torch
 from torch import Tensor
 
 from fate_moe.errors import FormatError, ModelError
+from fate_moe.models.weights import FLOATS
+from fate_moe.store.convert import SourceTensor
 from fate_moe.store.header import Header, TensorEntry, load_json, read_header
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_JSON_BYTES = 1 << 27
-FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 _PIECE_BYTES = 8 << 20
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}\.safetensors")
 
 
 @dataclass(frozen=True, slots=True)
-class Located:
+class _Located:
     """One checkpoint tensor and the file it lies in."""
 
     path: Path
@@ -38,7 +39,7 @@ class Located:
 
 
 class Shards:
-    """The tensors of a checkpoint folder: one `model.safetensors`, or an index and its shards.
+    """The `Weights` of a folder: one `model.safetensors`, or an index and its shards.
 
     Raises:
         ModelError: there are no safetensors, or a shard or a tensor of the index is missing.
@@ -46,14 +47,15 @@ class Shards:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.tensors: dict[str, Located] = {}
+        self._located: dict[str, _Located] = {}
+        self.tensors: dict[str, SourceTensor] = {}
         self.digests: dict[str, str] = {}
         self._open_files: dict[Path, BinaryIO] = {}
         promised = _weight_map(folder)
         for name in sorted(set(promised.values())):
             self._add(folder / name)
         for key, name in promised.items():
-            if key and (key not in self.tensors or self.tensors[key].path.name != name):
+            if key and (key not in self.tensors or self._located[key].path.name != name):
                 raise ModelError(f"{folder / name}: tensor {key[:200]!r} of the index is missing")
 
     def close(self) -> None:
@@ -62,6 +64,10 @@ class Shards:
             file.close()
         self._open_files.clear()
 
+    def where(self, name: str) -> Path:
+        """Name the file that a tensor lies in."""
+        return self._located[name].path
+
     def load(self, name: str, expert: int | None = None) -> Tensor:
         """Read a float tensor, or the part `expert` of its first dimension.
 
@@ -69,7 +75,7 @@ class Shards:
             ModelError: the tensor is not bf16, fp16 or fp32.
             FormatError: the file ends too early.
         """
-        found = self.tensors[name]
+        found = self._located[name]
         entry, shape, offset = found.entry, found.entry.shape, found.entry.offset
         dtype = FLOATS.get(entry.dtype)
         if dtype is None:
@@ -89,7 +95,7 @@ class Shards:
         Raises:
             FormatError: the file ends too early.
         """
-        found = self.tensors[name]
+        found = self._located[name]
         offset, left = found.entry.offset, found.entry.nbytes
         buffer = memoryview(bytearray(min(left, _PIECE_BYTES)))
         while left:
@@ -107,7 +113,8 @@ class Shards:
         for name, entry in header.tensors.items():
             if name in self.tensors:
                 raise FormatError(f"{path}: tensor {name!r:.200} is also in another shard")
-            self.tensors[name] = Located(path, entry)
+            self._located[name] = _Located(path, entry)
+            self.tensors[name] = SourceTensor(name, entry.dtype, entry.shape)
 
     def _read_into(self, path: Path, offset: int, target: memoryview) -> None:
         try:

@@ -120,6 +120,24 @@ def test_a_checkpoint_of_another_run_is_refused_in_one_line(tmp_path: Path) -> N
 
 
 @pytest.mark.usefixtures("student")
+def test_a_start_recipe_says_how_much_text_was_read_and_the_run_reads_on(tmp_path: Path) -> None:
+    from train_smolmoe import SEQUENCE, batches, run, trained_tokens
+
+    text, chat, rows = texts()
+    trainer = trainer_of(tmp_path)
+    read: list[Tensor] = []
+    trainer.train_step = lambda batch: (read.append(batch), trainer.__dict__.update(step=6))
+    trainer.loads, trainer.mean_kl = torch.ones(1), 0.0
+    run(trainer, text, chat, rows, seen=5 * 2 * SEQUENCE - 1)
+    whole = batches(text, chat, 2, 0)
+    assert torch.equal(read[0], [next(whole) for _ in range(6)][5])
+    tiny_start().save(tmp_path / "carved.safetensors", {})
+    tiny_start().save(tmp_path / "trained.safetensors", {"tokens": "1024"})
+    assert trained_tokens(tmp_path / "carved.safetensors") == 0
+    assert trained_tokens(tmp_path / "trained.safetensors") == 1024
+
+
+@pytest.mark.usefixtures("student")
 def test_training_brings_the_student_closer_and_writes_a_curve(tmp_path: Path) -> None:
     from train_smolmoe import SEQUENCE, cut_log, record, run
 
