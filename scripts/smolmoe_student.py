@@ -2,9 +2,10 @@
 
 The student is the dense model with its feed-forward blocks masked token by token, which computes
 what the carved checkpoint computes, in matrices large enough to be fast. What moves: a low-rank
-delta per matrix, the routers, the norms' gains. The routed experts are rounded to what a store
-holds (INT4) in the forward pass, and gradients go past the rounding (straight through), so that
-the model learns with the errors it will run with.
+delta per matrix, the routers, the norms' gains. The forward pass computes with what will ship: the
+deltas in the recipe's eight bits, their sum with the base in the checkpoint's bfloat16, of that the
+routed experts in a store's INT4. Gradients go past all rounding (straight through), so that the
+model learns with the errors it will run with.
 
 Letters as in fate_moe.reference.recipe; T tokens.
 """
@@ -32,17 +33,21 @@ from fate_moe.reference.recipe import (
     Delta,
     LayerRecipe,
     Recipe,
+    eight_bits,
 )
 
 _NORM_MODULES = dict(zip(NORMS, ("input_layernorm", "post_attention_layernorm"), strict=True))
 
 
 class _LowRankLinear(torch.autograd.Function):
-    """x @ effective.T, whose gradient goes to the factors of the delta, never to a full matrix."""
+    """x @ effective.T, whose gradient goes to the factors of the delta, never to a full matrix.
+
+    Arguments: x, effective, the factors out and into, and as what both are shipped.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, effective: Tensor, out: Tensor, into: Tensor) -> Tensor:
-        ctx.save_for_backward(x, effective, out, into)
+    def forward(ctx: Any, x: Tensor, effective: Tensor, *factors: Tensor) -> Tensor:
+        ctx.save_for_backward(x, effective, *factors[2:])
         return x @ effective.T
 
     @staticmethod
@@ -51,7 +56,8 @@ class _LowRankLinear(torch.autograd.Function):
         rows, slope = x.flatten(0, -2), gradient.flatten(0, -2)
         for_out = slope.T @ (rows @ into.T.to(x.dtype))
         for_into = (slope @ out.to(x.dtype)).T @ rows
-        return gradient @ effective, None, for_out.to(out.dtype), for_into.to(into.dtype)
+        factors = for_out.to(out.dtype), for_into.to(into.dtype)
+        return gradient @ effective, None, *factors, None, None
 
 
 class DeltaLinear(nn.Module):
@@ -68,7 +74,11 @@ class DeltaLinear(nn.Module):
         self.register_buffer("effective", base.detach().clone(), persistent=False)
         self.out = nn.Parameter(base.new_zeros(outputs, rank, dtype=torch.float32))
         self.into = nn.Parameter(torch.randn(rank, inputs) * inputs**-0.5)
+        self.register_buffer("shipped_out", torch.zeros_like(self.out.data), persistent=False)
+        self.register_buffer("shipped_into", torch.zeros_like(self.into.data), persistent=False)
         self.routed_dim = routed_dim
+        # The checkpoint's routed down matrices are larger: see carve_ffn.
+        self.enlarged = TOP_K if routed_dim == 1 else 1
         if routed_dim is None:
             return
         rows, cols = self._routed(base).shape
@@ -84,20 +94,28 @@ class DeltaLinear(nn.Module):
         return weight.narrow(dim, SHARED_WIDTH, weight.shape[dim] - SHARED_WIDTH)
 
     @torch.no_grad()
-    def start(self, delta: Tensor) -> None:
-        """Begin with a given delta [O, I] of at most this rank, as two balanced factors."""
-        left, strength, right = torch.linalg.svd(delta, full_matrices=False)
-        rank = min(int((strength > 1e-6 * strength[0]).sum()), self.out.shape[1])
-        root = strength[:rank].sqrt()
-        self.out[:, :rank] = left[:, :rank] * root
-        self.into[:rank] = root[:, None] * right[:rank]
+    def start(self, out: Tensor, scale: Tensor, into: Tensor) -> None:
+        """Begin with a recipe's delta, [O, R], [R], [R, I], of at most this rank."""
+        rank, root = len(scale), scale.sqrt()  # what is shared out makes the factors alike
+        self.out[:, :rank] = out * root
+        self.into[:rank] = root[:, None] * into
 
     @torch.no_grad()
     def refresh(self, new_grid: bool) -> None:
         """Bring the effective weights up to date; `new_grid` fits INT4 scales and zeros anew."""
-        weight = torch.addmm(self.base.float(), self.out, self.into)
-        if self.routed_dim is not None:
+        for shipped, factor, dim in (
+            (self.shipped_out, self.out, 0),
+            (self.shipped_into, self.into, 1),
+        ):
+            codes, scale = eight_bits(factor, dim)
+            shipped.copy_(codes.mul_(scale))
+        weight = torch.addmm(self.base.float(), self.shipped_out, self.shipped_into)
+        if self.routed_dim is None:
+            weight = weight.bfloat16()
+        else:
             part = self._routed(weight)
+            part.mul_(self.enlarged)
+            weight.copy_(weight.bfloat16())
             if new_grid:
                 fit = quantize(part.contiguous().cpu(), self.group)
                 self.scale.copy_(fit.scale[..., None])
@@ -105,12 +123,13 @@ class DeltaLinear(nn.Module):
             inverse = torch.where(self.scale == 0, 0.0, 1.0 / self.scale)  # as quantize does
             groups = part.unflatten(1, (-1, self.group))
             codes = torch.addcmul(self.zero, groups, inverse).round_().clamp_(0, MAX_CODE[4])
-            part.copy_(codes.sub_(self.zero).mul_(self.scale).flatten(1))
+            part.copy_(codes.sub_(self.zero).mul_(self.scale).flatten(1)).div_(self.enlarged)
         self.effective.copy_(weight)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.effective.dtype)
-        return _LowRankLinear.apply(x, self.effective, self.out, self.into)
+        factors = self.out, self.into, self.shipped_out, self.shipped_into
+        return _LowRankLinear.apply(x, self.effective, *factors)
 
 
 class CarvedBlock(nn.Module):
@@ -173,8 +192,9 @@ def make_student(
         for name in "qkvo":
             base = getattr(layer.self_attn, f"{name}_proj").weight
             setattr(layer.self_attn, f"{name}_proj", DeltaLinear(base, attention_rank))
-        for name, delta in start.deltas.items():
-            _matrix(layer, name).start(delta)
+        for name, delta in recipe.deltas.items():
+            factors = delta.out[index], delta.scale[index], delta.into[index]
+            _matrix(layer, name).start(*factors)
         for name, path in _NORM_MODULES.items():
             gain = getattr(layer, path).weight.requires_grad_(True)
             if name in recipe.norms:

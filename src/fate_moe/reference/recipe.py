@@ -77,13 +77,19 @@ class Delta:
     @classmethod
     def of(cls, out: Tensor, into: Tensor) -> Delta:
         """Round two factors, [L, O, R] and [L, R, I], to eight bits per rank."""
-        out_scale = out.abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
-        into_scale = into.abs().amax(2, keepdim=True).clamp_min(1e-12) / 127
+        out_codes, out_scale = eight_bits(out, 1)
+        into_codes, into_scale = eight_bits(into, 2)
         return cls(
-            (out / out_scale).round().to(torch.int8),
+            out_codes.to(torch.int8),
             (out_scale[:, 0] * into_scale[..., 0]).float(),
-            (into / into_scale).round().to(torch.int8),
+            into_codes.to(torch.int8),
         )
+
+
+def eight_bits(factor: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Return codes -127..127, still floats, and their scale: the largest along `dim`, over 127."""
+    scale = factor.abs().amax(dim, keepdim=True).clamp_min(1e-12) / 127
+    return (factor / scale).round(), scale
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """Does the training compute the gradients it claims, on the data it claims, in order?"""
 
 import argparse
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from transformers import BatchEncoding
 from fate_moe.models.checkpoint import record_layout
 from fate_moe.models.expert_index import ExpertLayer
 from fate_moe.quant.codec import decode, encode
-from fate_moe.reference.recipe import LayerRecipe
+from fate_moe.reference.recipe import Delta, LayerRecipe, carve_ffn
 
 
 class Words:
@@ -47,41 +48,58 @@ def test_gradients_of_a_delta_are_those_of_the_whole_matrix(student: Any) -> Non
     slope = torch.randn(2, 7, 64)
     linear(x).backward(slope)
     found = [x.grad, linear.out.grad, linear.into.grad]
-    out, into = (p.detach().clone().requires_grad_() for p in (linear.out, linear.into))
+    factors = linear.shipped_out, linear.shipped_into
+    out, into = (p.clone().requires_grad_() for p in factors)
+    assert not torch.equal(out, linear.out)
     y = x.detach().clone().requires_grad_()
     (y @ (linear.base + out @ into).T).backward(slope)
-    for have, want in zip(found, (y.grad, out.grad, into.grad), strict=True):
+    wanted = slope @ linear.effective, out.grad, into.grad
+    for have, want in zip(found, wanted, strict=True):
         torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-4)
 
 
-def test_a_delta_starts_where_it_is_told(student: Any) -> None:
+def test_a_delta_starts_where_its_recipe_ended(student: Any) -> None:
     torch.manual_seed(2)
-    wanted = torch.randn(64, 5) @ torch.randn(5, 96)
+    delta = Delta.of(torch.randn(1, 64, 5), torch.randn(1, 5, 96))
     linear = student.DeltaLinear(torch.randn(64, 96), rank=8)
-    linear.start(wanted)
+    linear.start(delta.out[0], delta.scale[0], delta.into[0])
     linear.refresh(False)
-    torch.testing.assert_close(linear.effective, linear.base + wanted, rtol=1e-4, atol=1e-4)
+    again = Delta.of(linear.out.data[None], linear.into.data[None])
+    assert torch.equal(again.out[..., :5], delta.out)
+    assert torch.equal(again.into[:, :5], delta.into)
+    torch.testing.assert_close(again.scale[:, :5], delta.scale)
+    change = linear.shipped_out @ linear.shipped_into
+    torch.testing.assert_close(change, delta.layer(0), rtol=1e-4, atol=1e-4)
 
 
-def test_only_the_routed_part_is_rounded_and_as_a_store_rounds_it(student: Any) -> None:
-    block, _, _ = block_of(student)
-    for linear in student.deltas_of(block):
+def test_the_student_computes_with_what_ships(
+    student: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight bits of the deltas, the checkpoint's bfloat16, and of the routed part a store's INT4."""
+    monkeypatch.setattr("fate_moe.reference.recipe.TOP_K", 2)
+    block, recipe, mlp = block_of(student)
+    names = {"gate": block.gate, "up": block.up, "down": block.down}
+    deltas = {}
+    for name, linear in names.items():
         linear.out.data.normal_(std=0.02)
         linear.refresh(True)
+        deltas[name] = Delta.of(linear.out.data[None], linear.into.data[None]).layer(0)
+    recipe = replace(recipe, shared_width=32, deltas=deltas)
+    dense = (mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight)
+    carved = {k: v.detach().bfloat16() for k, v in carve_ffn(*dense, recipe).items()}
+    gate, up, down = (linear.effective for linear in names.values())
+    assert torch.equal(gate[:32], carved["shared_expert.gate_proj.weight"].float())
+    assert torch.equal(up[:32], carved["shared_expert.up_proj.weight"].float())
+    assert torch.equal(down[:, :32], carved["shared_expert.down_proj.weight"].float() / 2)
     shapes = {"gate_up_proj": (4, 2 * 32, 64), "down_proj": (4, 64, 32)}
     layout = record_layout(ExpertLayer("layer", 4, False, shapes, {}), 64, 4, "")
-    whole = [m.base + m.out.data @ m.into.data for m in (block.gate, block.up, block.down)]
-    gate, up, down = (m.effective for m in (block.gate, block.up, block.down))
-    torch.testing.assert_close(gate[:32], whole[0][:32])
-    torch.testing.assert_close(up[:32], whole[1][:32])
-    torch.testing.assert_close(down[:, :32], whole[2][:, :32])
     for expert in range(4):
         rows = slice(32 + 32 * expert, 64 + 32 * expert)
-        matrices = {"gate_up_proj": torch.cat([whole[0][rows], whole[1][rows]]),
-                    "down_proj": whole[2][:, rows]}  # fmt: skip
+        own = [carved[f"experts.{expert}.{part}_proj.weight"] for part in names]
+        matrices = {"gate_up_proj": torch.cat(own[:2]), "down_proj": own[2]}
         stored = decode(layout, encode(layout, matrices), torch.float32)
-        torch.testing.assert_close(torch.cat([gate[rows], up[rows]]), stored["gate_up_proj"])
-        torch.testing.assert_close(down[:, rows], stored["down_proj"])
+        assert torch.equal(torch.cat([gate[rows], up[rows]]), stored["gate_up_proj"])
+        torch.testing.assert_close(down[:, rows] * 2, stored["down_proj"], rtol=1e-6, atol=0)
 
 
 def test_between_fits_the_grid_stays_and_the_codes_move(student: Any) -> None:
@@ -121,10 +139,7 @@ def test_under_autocast_products_are_bfloat16_and_routing_is_not(student: Any) -
 
 def test_a_block_is_the_shared_expert_and_the_chosen_ones(student: Any) -> None:
     block, recipe, mlp = block_of(student)
-    for linear in student.deltas_of(block):
-        linear.routed_dim = None
-        linear.refresh(False)
-    x = torch.randn(1, 9, 64)
+    x = torch.randn(1, 9, 64)  # the effective weights are the dense ones until the first refresh
     order = recipe.permutation
     gate, up, down = (mlp.gate_proj.weight[order], mlp.up_proj.weight[order],
                       mlp.down_proj.weight[:, order])  # fmt: skip
