@@ -75,7 +75,7 @@ def test_a_delta_starts_where_its_recipe_ended(student: Any) -> None:
 def test_the_student_computes_with_what_ships(
     student: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Eight bits of the deltas, the checkpoint's bfloat16, and of the routed part a store's INT4."""
+    """Deltas in eight bits, their sum in bfloat16, of that the routed part in INT4."""
     monkeypatch.setattr("fate_moe.reference.recipe.TOP_K", 2)
     block, recipe, mlp = block_of(student)
     names = {"gate": block.gate, "up": block.up, "down": block.down}
