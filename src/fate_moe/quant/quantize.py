@@ -51,7 +51,7 @@ def quantize(
         name: what errors call the matrix.
     Raises:
         ModelError: NaN, infinity, or values beyond what fp16 scales can express.
-    Cost: about 20 M weights per second and core when fitted; temporaries of a few MiB.
+    Cost: about 30 M weights per second and core when fitted; temporaries of a few MiB.
     """
     max_code = MAX_CODE[bits]
     rows, cols = weight.shape
@@ -61,17 +61,18 @@ def quantize(
     scale = torch.empty(len(flat), dtype=torch.float16)
     zero = torch.empty(len(flat), dtype=torch.float16)
     step = max(1, _CHUNK // group)
+    buffers = torch.empty(3, min(step, len(flat)), group)
     for start in range(0, len(flat), step):
         part = slice(start, start + step)
-        chunk = flat[part].to(torch.float32)
-        _check_finite(chunk, max_code, name)
-        codes[part], scale[part], zero[part] = _quantize_groups(chunk, max_code, fitted)
+        chunk, first, second = buffers[:, : len(flat[part])]
+        best = _Best(chunk.copy_(flat[part]), first, second, max_code)
+        _quantize_groups(best, fitted, name)
+        codes[part], scale[part], zero[part] = best.result()
     return Quantized(codes.view(rows, cols), scale.view(rows, groups), zero.view(rows, groups))
 
 
-def _check_finite(weight: Tensor, max_code: int, name: str) -> None:
-    low, high = torch.aminmax(weight)
-    peak = max(-low.item(), high.item())
+def _check_finite(low: Tensor, high: Tensor, max_code: int, name: str) -> None:
+    peak = max(-low.min().item(), high.max().item())
     if not peak < float("inf"):  # also false for NaN
         raise ModelError(f"{name} holds NaN or infinity")
     limit = _MAX_SCALE * max_code / 2  # beyond it the scale of [-peak, peak] is no fp16 number
@@ -80,63 +81,82 @@ def _check_finite(weight: Tensor, max_code: int, name: str) -> None:
 
 
 class _Best:
-    """The best scale and zero seen so far for each group of `weight` [M, G]."""
+    """The best scale and zero seen so far for each group of `weight` [M, G].
 
-    def __init__(self, weight: Tensor, max_code: int) -> None:
+    `codes` and `spare` [M, G] are buffers that serve chunk after chunk: fresh memory for every
+    step would cost more page faults than the step computes.
+    """
+
+    def __init__(self, weight: Tensor, codes: Tensor, spare: Tensor, max_code: int) -> None:
         self.weight = weight
         self.max_code = max_code
-        self.error = torch.full((len(weight), 1), float("inf"))
-        self.scale = torch.zeros_like(self.error)
-        self.zero = torch.zeros_like(self.error)
+        self._codes = codes
+        self._spare = spare
+        self._mean_weight = weight.mean(dim=1, keepdim=True)
+        self._error = torch.full((len(weight), 1), float("inf"))
+        self._scale = torch.zeros_like(self._error)
+        self._zero = torch.zeros_like(self._error)
 
-    def offer(self, scale: Tensor, zero: Tensor) -> Tensor:
-        """Measure one candidate ([M, 1] each), keep it where it is better; return its codes."""
-        scale, zero = _to_fp16_grid(scale), _to_fp16_grid(zero)
-        codes = self.codes(scale, zero)
-        residual = torch.sub(codes, zero).mul_(scale).sub_(self.weight)
-        error = torch.linalg.vector_norm(residual, dim=1, keepdim=True)
-        better = error < self.error  # false for NaN and infinity
-        self.error = torch.where(better, error, self.error)
-        self.scale = torch.where(better, scale, self.scale)
-        self.zero = torch.where(better, zero, self.zero)
-        return codes
-
-    def offer_range(self, low: Tensor, high: Tensor) -> Tensor:
-        """Measure the candidate whose codes span low..high ([M, 1] each); return its codes."""
+    def offer_range(self, low: Tensor, high: Tensor) -> None:
+        """Measure the candidate whose codes span low..high ([M, 1] each)."""
         scale = _to_fp16_grid((high - low) / self.max_code)
-        scale = torch.where(scale == 0, 1.0, scale)
-        return self.offer(scale, -low / scale)
+        scale.masked_fill_(scale == 0, 1.0)
+        self._offer(scale, -low / scale)
 
-    def codes(self, scale: Tensor, zero: Tensor) -> Tensor:
-        """Nearest codes, as float32 [M, G]."""
-        inverse = torch.where(scale == 0, 0.0, 1.0 / scale)
-        return torch.addcmul(zero, self.weight, inverse).round_().clamp_(0, self.max_code)
+    def offer_refit(self) -> None:
+        """Measure the least squares of weight = scale * (codes - zero), for the last codes."""
+        codes, size = self._codes, self._codes.shape[1]
+        mean_code = codes.mean(dim=1, keepdim=True)
+        variance = torch.linalg.vector_norm(codes, dim=1, keepdim=True).square_()
+        variance -= size * mean_code.square()
+        covariance = torch.mul(codes, self.weight, out=self._spare).sum(dim=1, keepdim=True)
+        covariance -= size * mean_code * self._mean_weight
+        scale = covariance / variance
+        scale.masked_fill_((variance > 0.5).logical_not_(), 1.0)  # `<= 0.5` would miss NaN
+        self._offer(scale, mean_code - self._mean_weight / scale)
+
+    def result(self) -> Quantized:
+        """Return codes [M, G], scale [M] and zero [M] of the best candidates."""
+        codes = self._nearest(self._scale, self._zero)
+        # By way of int16: torch turns floats into bytes one by one.
+        return Quantized(
+            codes.to(torch.int16).to(torch.uint8),
+            self._scale.half()[:, 0],
+            self._zero.half()[:, 0],
+        )
+
+    def _offer(self, scale: Tensor, zero: Tensor) -> None:
+        """Measure one candidate ([M, 1] each) and keep it where it is better."""
+        scale, zero = _to_fp16_grid(scale), _to_fp16_grid(zero)
+        codes = self._nearest(scale, zero)
+        residual = torch.sub(codes, zero, out=self._spare).mul_(scale).sub_(self.weight)
+        error = torch.linalg.vector_norm(residual, dim=1, keepdim=True)
+        better = error < self._error  # false for NaN and infinity
+        self._error = torch.where(better, error, self._error)
+        self._scale = torch.where(better, scale, self._scale)
+        self._zero = torch.where(better, zero, self._zero)
+
+    def _nearest(self, scale: Tensor, zero: Tensor) -> Tensor:
+        """Nearest codes, as float32 [M, G], in the codes' buffer."""
+        inverse = scale.reciprocal()
+        inverse.masked_fill_(scale == 0, 0.0)
+        # Spread out first: torch has no fast loop where two of the three inputs broadcast.
+        spread = self._spare.copy_(inverse)
+        codes = torch.addcmul(zero, self.weight, spread, out=self._codes)
+        return codes.round_().clamp_(0, self.max_code)
 
 
-def _quantize_groups(weight: Tensor, max_code: int, fitted: bool) -> Quantized:
-    low = weight.amin(dim=1, keepdim=True)
-    high = weight.amax(dim=1, keepdim=True)
-    best = _Best(weight, max_code)
+def _quantize_groups(best: _Best, fitted: bool, name: str) -> None:
+    """Offer every candidate to `best`, once its weights are known to be sound."""
+    low = best.weight.amin(dim=1, keepdim=True)
+    high = best.weight.amax(dim=1, keepdim=True)
+    _check_finite(low, high, best.max_code, name)
     # A range that holds 0 has its zero in 0..max_code: always finite, also for constant groups.
     best.offer_range(low.clamp(max=0), high.clamp(min=0))
     for shrink in _SHRINKS if fitted else ():
-        codes = best.offer_range(low * shrink, high * shrink)
+        best.offer_range(low * shrink, high * shrink)
         for _ in range(_REFITS):
-            codes = best.offer(*_refit(weight, codes))
-    codes = best.codes(best.scale, best.zero).to(torch.uint8)
-    return Quantized(codes, best.scale.half()[:, 0], best.zero.half()[:, 0])
-
-
-def _refit(weight: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-    """Least squares of weight = scale * codes - scale * zero, per group."""
-    mean_code = codes.mean(dim=1, keepdim=True)
-    mean_weight = weight.mean(dim=1, keepdim=True)
-    variance = torch.linalg.vector_norm(codes, dim=1, keepdim=True).square_()
-    variance -= codes.shape[1] * mean_code.square()
-    covariance = (codes * weight).sum(dim=1, keepdim=True)
-    covariance -= codes.shape[1] * mean_code * mean_weight
-    scale = torch.where(variance > 0.5, covariance / variance, 1.0)
-    return scale, mean_code - mean_weight / scale
+            best.offer_refit()
 
 
 def _to_fp16_grid(value: Tensor) -> Tensor:

@@ -155,3 +155,71 @@ def test_eight_bits_reach_further() -> None:
     assert relative(dequantize(*quantize(weight, 64, bits=8)), weight) < 0.005
     with pytest.raises(ModelError, match=r"down holds 9e\+06, fp16 scales reach 8.35e\+06"):
         quantize(weight * 1.125, 64, bits=8, name="down")
+
+
+def plainly(weight: Tensor, group: int, bits: int, fitted: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The same search written down without buffers and shortcuts, in one piece."""
+    flat, most = weight.float().reshape(-1, group), 2**bits - 1
+    best = [torch.full((len(flat), 1), value) for value in (float("inf"), 0.0, 0.0)]
+
+    def nearest(scale: Tensor, zero: Tensor) -> Tensor:
+        inverse = torch.where(scale == 0, 0.0, 1.0 / scale)
+        return torch.addcmul(zero, flat, inverse).round().clamp(0, most)
+
+    def offer(scale: Tensor, zero: Tensor) -> Tensor:
+        scale, zero = scale.half().float(), zero.half().float()
+        codes = nearest(scale, zero)
+        error = torch.linalg.vector_norm((codes - zero) * scale - flat, dim=1, keepdim=True)
+        take = error < best[0]
+        for i, new in enumerate((error, scale, zero)):
+            best[i] = torch.where(take, new, best[i])
+        return codes
+
+    def offer_range(low: Tensor, high: Tensor) -> Tensor:
+        scale = ((high - low) / most).half().float()
+        scale = torch.where(scale == 0, 1.0, scale)
+        return offer(scale, -low / scale)
+
+    low, high = flat.amin(1, keepdim=True), flat.amax(1, keepdim=True)
+    offer_range(low.clamp(max=0), high.clamp(min=0))
+    for shrink in (1.0, 0.92, 0.85) if fitted else ():
+        codes = offer_range(low * shrink, high * shrink)
+        for _ in range(3):
+            mean, center = codes.mean(1, keepdim=True), flat.mean(1, keepdim=True)
+            spread = torch.linalg.vector_norm(codes, dim=1, keepdim=True).square()
+            spread = spread - group * mean.square()
+            along = (codes * flat).sum(1, keepdim=True) - group * mean * center
+            scale = torch.where(spread > 0.5, along / spread, 1.0)
+            codes = offer(scale, mean - center / scale)
+    codes = nearest(best[1], best[2]).to(torch.uint8)
+    rows, groups = weight.shape[0], weight.shape[1] // group
+    half = [x.half().view(rows, groups) for x in best[1:]]
+    return codes.view(weight.shape), half[0], half[1]
+
+
+def awkward_weights() -> dict[str, Tensor]:
+    random = torch.Generator().manual_seed(7)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=random)
+
+    return {
+        "usual": (normal(96, 1408) * 0.02).bfloat16(),
+        "heavy tails": normal(64, 128) ** 5,
+        "mostly zero": normal(64, 128) * (normal(64, 128) > 2),
+        "far from zero": 100 + normal(64, 128) * 1e-3,
+        "many magnitudes": normal(256, 128) * 10 ** (2 * normal(256, 1) - 3).clamp(-9, 3),
+        "few values": normal(64, 128).round(),
+        "below fp16": normal(64, 128) * 1e-8,
+        "constant": torch.full((2, 128), -2e-5),
+    }
+
+
+@pytest.mark.parametrize("name", awkward_weights())
+def test_buffers_and_shortcuts_change_no_bit(name: str) -> None:
+    weight = awkward_weights()[name]
+    for group, bits, fitted in ((64, 4, True), (32, 4, True), (64, 8, True), (64, 4, False)):
+        found = quantize(weight, group, bits=bits, fitted=fitted)
+        for one, other in zip(found, plainly(weight, group, bits, fitted), strict=True):
+            assert one.dtype == other.dtype
+            assert torch.equal(one, other)  # no NaN in either
