@@ -17,6 +17,7 @@ from torch import Tensor
 from fate_moe.errors import FormatError, ModelError
 from fate_moe.models.expert_index import ExpertIndex, ExpertLayer, index_experts
 from fate_moe.models.load import read_skeleton
+from fate_moe.models.packed import plain_config, unpack
 from fate_moe.models.shards import Shards, file_digest, read_json
 from fate_moe.models.weights import FLOATS, Weights
 from fate_moe.quant.codec import encode
@@ -49,13 +50,13 @@ def open_checkpoint(
         source_id: what to call the model, such as its hub id; the folder's name if None.
         revision: hub commit, if known.
     Raises:
-        ModelError: no MoE, an unsupported family, an already quantized checkpoint, a missing
+        ModelError: no MoE, an unsupported family, a packing other than FP8 and MXFP4, a missing
             shard or expert tensor.
         FormatError: a file breaks its format.
     Memory: headers only; no weight is read.
     """
-    family = _check_config(folder)
-    weights: Weights = Shards(folder)
+    family, packing = _check_config(folder)
+    weights = unpack(Shards(folder), folder, packing)
     index = index_experts(read_skeleton(folder).module, family, weights)
     files = {name: file_digest(folder / name) for name in small_files(folder)} | dict(
         weights.digests
@@ -111,10 +112,24 @@ class CheckpointSource:
     @property
     def quantization(self) -> Mapping[str, object]:
         """What decides a record beside its weights."""
+        source = {"source": self._fates} if self._fates else {}
         if self._bits >= 16:
-            return {"bits": self._bits}
+            return {"bits": self._bits, **source}
         scales = {} if self._fitted else {"scales": "minmax"}
-        return {"bits": self._bits, "group": self._group, **scales}
+        return {"bits": self._bits, "group": self._group, **scales, **source}
+
+    @cached_property
+    def _fates(self) -> dict[str, str]:
+        """What became of each packing of the experts: requantized or dequantized."""
+        packings = self._weights.packings
+        found = {
+            packings[part.key]
+            for layer in self.expert_layers
+            for parts in layer.parts.values()
+            for part in parts
+            if part.key in packings
+        }
+        return dict.fromkeys(sorted(found), "dequantized" if self._bits >= 16 else "requantized")
 
     @cached_property
     def layers(self) -> tuple[SourceLayer, ...]:
@@ -164,6 +179,11 @@ class CheckpointSource:
         """Yield the bytes of one resident tensor in pieces of at most 8 MiB."""
         return self._weights.pieces(name)
 
+    def small_file(self, name: str) -> bytes:
+        """Read one of `small_files`; a config without what no longer holds of the weights."""
+        data = (self.folder / name).read_bytes()
+        return plain_config(data) if name == "config.json" else data
+
     def close(self) -> None:
         """Close the files."""
         self._weights.close()
@@ -203,13 +223,14 @@ def record_layout(layer: ExpertLayer, group: int, bits: int, dtype: str) -> Reco
     return RecordLayout(tuple(matrices), tuple(biases), bits, dtype)
 
 
-def _check_config(folder: Path) -> str:
-    """Check the untrusted config before transformers sees it; return the family."""
+def _check_config(folder: Path) -> tuple[str, object]:
+    """Check the untrusted config before transformers sees it; return family and packing."""
     if is_store(folder):
         raise ModelError(f"{folder}: is already a store")
     fields = read_json(folder / "config.json")
+    packing = None
     for part in (fields, *(value for value in fields.values() if isinstance(value, dict))):
-        _check_unquantized(folder, part.get("quantization_config"))
+        packing = part.get("quantization_config") if packing is None else packing
         for name, value in part.items():
             is_count = "layers" in name or "experts" in name
             if is_count and isinstance(value, int) and abs(value) > MAX_CONFIG_COUNT:
@@ -217,14 +238,4 @@ def _check_config(folder: Path) -> str:
     family = fields.get("model_type")
     if not isinstance(family, str):
         raise ModelError(f"{folder / 'config.json'}: model_type is {family!r:.80}")
-    return family
-
-
-def _check_unquantized(folder: Path, quantization: object) -> None:
-    if quantization is None:
-        return
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-    raise ModelError(
-        f"{folder}: the checkpoint is already quantized ({method or 'unknown method'}): "
-        "not supported yet; use the bf16 checkpoint"
-    )
+    return family, packing

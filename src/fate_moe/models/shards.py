@@ -27,6 +27,7 @@ INDEX_FILE = "model.safetensors.index.json"
 MAX_JSON_BYTES = 1 << 27
 
 _PIECE_BYTES = 8 << 20
+_PACKED = {"U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu}
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}\.safetensors")
 
 
@@ -57,6 +58,11 @@ class Shards:
         for key, name in promised.items():
             if key and (key not in self.tensors or self._located[key].path.name != name):
                 raise ModelError(f"{folder / name}: tensor {key[:200]!r} of the index is missing")
+
+    @property
+    def packings(self) -> Mapping[str, str]:
+        """Nothing: `packed` unpacks what these files hold packed."""
+        return {}
 
     def close(self) -> None:
         """Close the shard files; a later read opens them again."""
@@ -104,6 +110,22 @@ class Shards:
             yield piece
             offset += len(piece)
             left -= len(piece)
+
+    def values(self, name: str, start: int, count: int) -> Tensor:
+        """Read `count` values from number `start` on, in the order and dtype they are stored in.
+
+        Args:
+            name: a tensor of floats, of packed floats or of bytes.
+        Returns:
+            Shape [count].
+        Raises:
+            FormatError: the file ends too early.
+        """
+        found = self._located[name]
+        dtype = (FLOATS | _PACKED)[found.entry.dtype]
+        data = bytearray(count * dtype.itemsize)
+        self._read_into(found.path, found.entry.offset + start * dtype.itemsize, memoryview(data))
+        return torch.frombuffer(data, dtype=dtype)
 
     def _add(self, path: Path) -> None:
         if not path.is_file():

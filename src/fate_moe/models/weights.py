@@ -1,6 +1,6 @@
 """What does a checkpoint look like, whatever kind of files it lies in?
 
-Every kind (`shards` of safetensors so far) hands out its tensors under the names and in the shapes
+Every kind (`shards` of safetensors, `packed` ones) hands out its tensors under the names and in the shapes
 that the family publishes in safetensors, as plain floats. So the index of experts and the
 conversion never learn what a file was like.
 """
@@ -30,6 +30,11 @@ class Weights(Protocol):
     @property
     def digests(self) -> Mapping[str, str]:
         """File name -> a fingerprint that changes when the file does."""
+        ...
+
+    @property
+    def packings(self) -> Mapping[str, str]:
+        """Name -> what it is packed as in the file, such as "FP8"; without those that are plain."""
         ...
 
     def load(self, name: str, expert: int | None = None) -> Tensor:

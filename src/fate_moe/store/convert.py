@@ -115,6 +115,10 @@ class ExpertSource(Protocol):
         """Yield the bytes of one resident tensor in pieces of at most a few MiB."""
         ...
 
+    def small_file(self, name: str) -> bytes:
+        """Read one of `small_files(folder)`, as the store shall hold it."""
+        ...
+
 
 def convert(
     source: ExpertSource,
@@ -284,7 +288,7 @@ class _Job:
             path = self._source.folder / name
             if path.stat().st_size > _MAX_COPIED_BYTES:
                 raise ModelError(f"{path}: larger than {_MAX_COPIED_BYTES} bytes")
-            self._work.write(name, [path.read_bytes()])
+            self._work.write(name, [self._source.small_file(name)])
         tensors = self._source.resident
         total = sum(tensor_bytes(t.dtype, t.shape) for t in tensors)
         index = {

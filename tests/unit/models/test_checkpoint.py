@@ -313,13 +313,6 @@ def test_nan_weights_name_layer_expert_and_parameter(qwen: Path) -> None:
         source.record(ExpertKey(0, 2))
 
 
-@pytest.mark.parametrize("method", ["fp8", "mxfp4", "gptq"])
-def test_quantized_checkpoints(qwen: Path, method: str) -> None:
-    edit_config(qwen, quantization_config={"quant_method": method})
-    with pytest.raises(ModelError, match=rf"already quantized \({method}\): not supported yet"):
-        open_checkpoint(qwen)
-
-
 @pytest.mark.parametrize(
     "change",
     [

@@ -49,6 +49,9 @@ class FormulaSource:
         yield data[:5]
         yield data[5:]
 
+    def small_file(self, name: str) -> bytes:
+        return (self.folder / name).read_bytes()
+
 
 def formula(key: ExpertKey, size: int) -> bytes:
     """The record of `key` in a FormulaSource."""
