@@ -1,8 +1,8 @@
 """What does a checkpoint look like, whatever kind of files it lies in?
 
-Every kind (`shards` of safetensors, `packed` ones) hands out its tensors under the names and in the shapes
-that the family publishes in safetensors, as plain floats. So the index of experts and the
-conversion never learn what a file was like.
+Every kind (safetensors, plain or packed, or another) hands out its tensors under the names and in
+the shapes that the family publishes in safetensors, as plain floats. So the index of experts and
+the conversion never learn what a file was like.
 """
 
 from __future__ import annotations
