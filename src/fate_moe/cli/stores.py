@@ -78,6 +78,8 @@ def convert(
         fate convert ./my-checkpoint ./my-store --group-size 32
 
         fate convert ./my-checkpoint ./my-store --bits 8 --scales minmax
+
+        fate convert ./my-model-Q4_0.gguf ./my-store
     """
     if scales not in ("fitted", "minmax"):
         raise ConfigError(f"scales: {scales!r} is none of fitted, minmax")
@@ -200,10 +202,15 @@ def _rows(manifest: Manifest) -> list[tuple[str, str]]:
     counts = sorted({layer.num_experts for layer in manifest.layers})
     has_head = manifest.quantization["bits"] == 4
     head = f", of which the INT2 head {format_bytes(first.head_bytes)}" if has_head else ""
-    quantization = ", ".join(f"{name} {value}" for name, value in manifest.quantization.items())
+    choices = {name: value for name, value in manifest.quantization.items() if name != "source"}
+    quantization = ", ".join(f"{name} {value}" for name, value in choices.items())
+    packings = manifest.quantization.get("source")
+    fates = packings.items() if isinstance(packings, dict) else ()
+    packed = ", ".join(f"{name} {fate}" for name, fate in fates)
     return [
         ("source", source.id + (f" at {source.revision}" if source.revision else "")),
         ("quantization", f"{quantization} (source {manifest.dtype})"),
+        *([("packed", packed)] if packed else []),
         ("layers", f"{len(manifest.layers)} with {' or '.join(map(str, counts))} experts each"),
         ("expert", format_bytes(first.record_bytes) + head),
         (

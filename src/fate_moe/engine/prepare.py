@@ -1,7 +1,7 @@
 """Which store belongs to the name a user typed?
 
-A name is `smolmoe` (built here), a store, a folder with a checkpoint, or a hub id. Whatever is not
-a store yet is converted once into the cache folder; the second time costs nothing.
+A name is `smolmoe` (built here), a store, a folder with a checkpoint, a GGUF file, or a hub id.
+Whatever is not a store yet is converted once into the cache folder; the second time costs nothing.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 
 from fate_moe.errors import ConfigError, ModelError
 from fate_moe.models.checkpoint import open_checkpoint
+from fate_moe.models.gguf import SUFFIX, find_gguf
 from fate_moe.reference import SMOLMOE, build_smolmoe
 from fate_moe.store.convert import convert, is_made_from
 from fate_moe.store.format import Manifest, is_store, read_manifest
@@ -51,7 +52,8 @@ def find_store(
     """Return the store of a model, making it first where there is none.
 
     Args:
-        model: `smolmoe`, a folder (store or checkpoint), or a hub id such as `Qwen/Qwen3-30B-A3B`.
+        model: `smolmoe`, a folder (store or checkpoint), a GGUF file, or a hub id such as
+            `Qwen/Qwen3-30B-A3B`.
         cache_dir: where downloads and stores are kept.
         revision: commit, branch or tag of a hub id.
         bits, fitted: as in `convert_model`; a store must hold what was asked for. None: a store as
@@ -61,7 +63,7 @@ def find_store(
         ConfigError: bits or scales that do not exist.
         StoreError: the store cannot be written.
     """
-    folder = _folder(model)
+    folder = _local(model)
     if folder is not None and is_store(folder):
         if bits is not None or not fitted:
             _check_store(folder, _settings(bits or DEFAULT_BITS, fitted))
@@ -101,7 +103,7 @@ def convert_model(  # noqa: PLR0913 - a store's options, all of them by name
         ModelError, StoreError: as `find_store`.
     """
     _settings(bits, fitted)  # first: a typing error should not cost a download
-    folder = _folder(model)
+    folder = _local(model)
     if folder is not None and is_store(folder):
         raise ModelError(f"{model}: is a store already; give the checkpoint it was made from")
     checkpoint = find_checkpoint(model, cache_dir=cache_dir, revision=revision, progress=progress)
@@ -128,7 +130,7 @@ def cached_store(
 ) -> Path:
     """Return where the store of a model lies in the cache folder, made or not."""
     settings = _settings(bits, fitted)
-    folder = _folder(model)
+    folder = _local(model)
     whole = model if revision is None else f"{model}@{revision}"
     name = re.sub(r"[^A-Za-z0-9.@_-]+", "--", whole).strip("-.")[-80:] or "model"
     if folder is not None:  # two folders of one name must not share a store
@@ -144,7 +146,7 @@ def known_store(model: str, cache_dir: Path) -> Path | None:
     Args:
         model: the store's folder, or a model whose store has the default settings.
     """
-    for folder in (_folder(model), cached_store(model, cache_dir)):
+    for folder in (_local(model), cached_store(model, cache_dir)):
         if folder is not None and is_store(folder):
             return folder
     return None
@@ -157,18 +159,27 @@ def find_checkpoint(
     revision: str | None = None,
     progress: Progress = no_progress,
 ) -> Path:
-    """Return the folder of a model's original weights, fetching or building it where needed.
+    """Return where a model's original weights lie, fetching or building them where needed.
 
+    Returns:
+        A folder, or a GGUF file.
     Raises:
         ModelError: nothing by that name.
     """
-    folder = _folder(model)
+    folder = _local(model)
     if folder is not None:
-        if (folder / "config.json").is_file():
+        if folder.is_file() or (folder / "config.json").is_file():
             return folder
-        raise ModelError(f"{model}: the folder holds neither config.json nor fate.json")
+        found = find_gguf(folder)
+        if found is None:
+            raise ModelError(
+                f"{model}: the folder holds neither config.json nor fate.json nor a GGUF"
+            )
+        return found
     if model == SMOLMOE:
         return build_smolmoe(cache_dir, progress)
+    if model.lower().endswith(SUFFIX):
+        raise ModelError(f"{model}: no such file")
     if _HUB_ID.fullmatch(model):
         return _download(model, revision)
     raise ModelError(f"{model}: no such folder; give {SMOLMOE}, a folder, or a hub id (owner/name)")
@@ -206,11 +217,12 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _folder(model: str) -> Path | None:
-    """Return the folder that a name leads to, or None when it is no folder."""
+def _local(model: str) -> Path | None:
+    """Return the folder or the GGUF file that a name leads to, or None."""
     try:
-        folder = Path(model).expanduser()
-        return folder if folder.is_dir() else None
+        path = Path(model).expanduser()
+        is_gguf = path.suffix.lower() == SUFFIX and path.is_file()
+        return path if is_gguf or path.is_dir() else None
     except (OSError, RuntimeError, ValueError):  # too long, unknown user, null byte
         return None
 

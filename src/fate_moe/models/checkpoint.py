@@ -8,19 +8,27 @@ checked before the first weight is read; one expert's weights at a time are in m
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
 
 from fate_moe.errors import FormatError, ModelError
+from fate_moe.models import gguf
 from fate_moe.models.expert_index import ExpertIndex, ExpertLayer, index_experts
+from fate_moe.models.gguf_config import write_config
+from fate_moe.models.gguf_names import read_names
+from fate_moe.models.gguf_tokenizer import write_tokenizer
 from fate_moe.models.load import read_skeleton
 from fate_moe.models.packed import plain_config, unpack
 from fate_moe.models.shards import Shards, file_digest, read_json
 from fate_moe.models.weights import FLOATS, Weights
 from fate_moe.quant.codec import encode
+from fate_moe.quant.grid import Grid
+from fate_moe.quant.quantize import Quantized
 from fate_moe.quant.record import BiasSpec, MatrixSpec, RecordLayout, choose_group
 from fate_moe.store.convert import SourceLayer, SourceTensor, small_files
 from fate_moe.store.format import Source, is_store
@@ -39,10 +47,10 @@ def open_checkpoint(
     source_id: str | None = None,
     revision: str | None = None,
 ) -> CheckpointSource:
-    """Open a transformers folder (config.json and safetensors) as a source of experts.
+    """Open a transformers folder (config.json and safetensors) or a GGUF as a source of experts.
 
     Args:
-        folder: the checkpoint.
+        folder: the checkpoint: a folder, or a GGUF file (of a split model, any of its files).
         group: preferred quantization group, 64 or 32; 32 where 64 does not divide.
         bits: 4, 8, or 16 for experts as they are. Values are never rounded at 16: experts in
             float32 get records of 32 bits.
@@ -55,6 +63,11 @@ def open_checkpoint(
         FormatError: a file breaks its format.
     Memory: headers only; no weight is read.
     """
+    if folder.is_file():
+        return _open_gguf(
+            folder, Source(source_id or folder.name, revision, {}), group=group, bits=bits,
+            fitted=fitted,
+        )  # fmt: skip
     family, packing = _check_config(folder)
     weights = unpack(Shards(folder), folder, packing)
     index = index_experts(read_skeleton(folder).module, family, weights)
@@ -66,11 +79,49 @@ def open_checkpoint(
     return CheckpointSource(folder, origin, weights, index, group=group, bits=bits, fitted=fitted)
 
 
+def _open_gguf(
+    path: Path, origin: Source, *, group: int, bits: int, fitted: bool
+) -> CheckpointSource:
+    model = gguf.open_gguf(path)
+    scratch = TemporaryDirectory(prefix="fate-gguf-")  # removed with its source, at the latest
+    folder = Path(scratch.name)
+    try:
+        write_config(model, folder)
+        write_tokenizer(model, folder)
+        family, _ = _check_config(folder)
+        skeleton = read_skeleton(folder).module
+        weights = gguf.GgufWeights(model, read_names(model, skeleton))
+        index = index_experts(skeleton, family, weights)
+        # The tokenizer's files follow from the GGUF; how they look is transformers' affair.
+        config = {"config.json": file_digest(folder / "config.json")}
+        origin = replace(origin, files=config | dict(weights.digests))
+        source = CheckpointSource(
+            folder, origin, weights, index, group=group, bits=bits, fitted=fitted
+        )
+    except (ModelError, FormatError) as error:
+        scratch.cleanup()
+        raise type(error)(str(error).replace(scratch.name, str(path))) from error
+    except BaseException:
+        scratch.cleanup()
+        raise
+    source.scratch = scratch
+    return source
+
+
 class CheckpointSource:
     """A checkpoint as an `ExpertSource`: records of experts, and the rest as it is.
 
     Close it when done, or use it in a `with` statement.
+
+    Attributes:
+        folder: where config and tokenizer lie.
+        source: what the checkpoint is, in the manifest's words.
+        expert_layers: where its experts lie.
+        layouts: record layout per layer.
+        scratch: `folder`, where it was made for this source; removed by `close`.
     """
+
+    scratch: TemporaryDirectory[str] | None = None
 
     def __init__(
         self,
@@ -94,7 +145,10 @@ class CheckpointSource:
             bits = 32
         self._bits = bits
         dtype = self.dtype if bits >= 16 else ""
-        self.layouts = tuple(record_layout(layer, group, bits, dtype) for layer in index.layers)
+        self.layouts = tuple(
+            record_layout(layer, group, bits, dtype, self._own_groups(layer))
+            for layer in index.layers
+        )
 
     @cached_property
     def dtype(self) -> str:
@@ -120,16 +174,19 @@ class CheckpointSource:
 
     @cached_property
     def _fates(self) -> dict[str, str]:
-        """What became of each packing of the experts: requantized or dequantized."""
+        """What became of each packing of the experts: kept, requantized, or dequantized."""
         packings = self._weights.packings
-        found = {
-            packings[part.key]
-            for layer in self.expert_layers
-            for parts in layer.parts.values()
-            for part in parts
-            if part.key in packings
-        }
-        return dict.fromkeys(sorted(found), "dequantized" if self._bits >= 16 else "requantized")
+        found: dict[str, set[str]] = {}
+        for layer in self.expert_layers:
+            for (name, _), parts in layer.parts.items():
+                is_kept = self._own_grid(layer, name) == "codes"
+                fate = "kept" if is_kept else "requantized"
+                for part in parts:
+                    if part.key in packings:
+                        found.setdefault(packings[part.key], set()).add(fate)
+        if self._bits >= 16:
+            return dict.fromkeys(sorted(found), "dequantized")
+        return {kind: max(found[kind]) for kind in sorted(found)}
 
     @cached_property
     def layers(self) -> tuple[SourceLayer, ...]:
@@ -170,9 +227,20 @@ class CheckpointSource:
             ModelError: the weights cannot be quantized (NaN, infinity).
             FormatError: a shard ends too early or cannot be read.
         """
-        where = f"{self.expert_layers[key.layer].path}, expert {key.expert}"
-        layout = self.layouts[key.layer]
-        record = encode(layout, self.expert(key), fitted=self._fitted, where=where)
+        layer, layout = self.expert_layers[key.layer], self.layouts[key.layer]
+        tensors: dict[str, Tensor | Quantized] = {}
+        grids: dict[str, Grid] = {}
+        for name in layer.params:
+            own = self._own_grid(layer, name)
+            part, weights = layer.parts[name, key.expert][0].key, self._weights
+            if own == "codes" and isinstance(weights, gguf.GgufWeights):
+                tensors[name] = weights.codes(part, key.expert)
+                continue
+            tensors[name] = self._parameter(layer, name, key.expert)
+            if own == "grid" and isinstance(weights, gguf.GgufWeights):
+                grids[name] = weights.grid(part, key.expert)
+        where = f"{layer.path}, expert {key.expert}"
+        record = encode(layout, tensors, grids=grids, fitted=self._fitted, where=where)
         return memoryview(record.numpy().data)
 
     def read_resident(self, name: str) -> Iterator[memoryview]:
@@ -185,14 +253,33 @@ class CheckpointSource:
         return plain_config(data) if name == "config.json" else data
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the files, and remove `folder` if it is scratch."""
         self._weights.close()
+        if self.scratch is not None:
+            self.scratch.cleanup()
 
     def __enter__(self) -> CheckpointSource:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    def _own_grid(self, layer: ExpertLayer, name: str) -> str:
+        """What of a parameter's own grid a record can use: "codes", "grid" or nothing.
+
+        Plain min-max is asked for to measure it; then there is nothing to keep.
+        """
+        weights = self._weights
+        wanted = self._fitted and self._bits < 16 and len(layer.params[name]) == 3
+        if not wanted or not isinstance(weights, gguf.GgufWeights):
+            return ""
+        part = layer.parts[name, 0][0].key
+        if weights.has_codes(part, self._bits):
+            return "codes"
+        return "grid" if weights.has_grid(part, self._bits) else ""
+
+    def _own_groups(self, layer: ExpertLayer) -> dict[str, int]:
+        return {name: gguf.GROUP for name in layer.params if self._own_grid(layer, name)}
 
     def _parameter(self, layer: ExpertLayer, name: str, expert: int) -> Tensor:
         tensors = []
@@ -203,12 +290,19 @@ class CheckpointSource:
         return joined.mT if layer.transposed and joined.dim() == 2 else joined
 
 
-def record_layout(layer: ExpertLayer, group: int, bits: int, dtype: str) -> RecordLayout:
+def record_layout(
+    layer: ExpertLayer,
+    group: int,
+    bits: int,
+    dtype: str,
+    own_groups: Mapping[str, int] | None = None,
+) -> RecordLayout:
     """Lay out one expert of a layer; matrices as [out, in] whatever the model's orientation.
 
     Args:
         group: preferred quantization group, of no effect where values are kept.
         bits, dtype: as in `RecordLayout`.
+        own_groups: parameter name -> group of the grid that it keeps, if it has one.
     Raises:
         ModelError: no group size divides a matrix's inputs.
     """
@@ -218,7 +312,8 @@ def record_layout(layer: ExpertLayer, group: int, bits: int, dtype: str) -> Reco
             biases.append(BiasSpec(name, shape[0]))
             continue
         rows, cols = reversed(shape) if layer.transposed else shape
-        chosen = 0 if dtype else choose_group(f"{layer.path}.{name}", cols, group)
+        wanted = (own_groups or {}).get(name, group)
+        chosen = 0 if dtype else choose_group(f"{layer.path}.{name}", cols, wanted)
         matrices.append(MatrixSpec(name, rows, cols, chosen))
     return RecordLayout(tuple(matrices), tuple(biases), bits, dtype)
 

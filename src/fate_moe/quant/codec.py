@@ -15,20 +15,28 @@ import torch
 from torch import Tensor
 
 from fate_moe.errors import FormatError, ModelError
-from fate_moe.quant.quantize import quantize
+from fate_moe.quant.grid import Grid, better
+from fate_moe.quant.quantize import MAX_CODE, Quantized, quantize
 from fate_moe.quant.record import MatrixOffsets, MatrixSpec, RecordLayout
 
 _TWO_BITS = 0x0303030303030303  # the lowest bit pair of each byte of an int64 lane
 
 
 def encode(
-    layout: RecordLayout, tensors: Mapping[str, Tensor], *, fitted: bool = True, where: str = ""
+    layout: RecordLayout,
+    tensors: Mapping[str, Tensor | Quantized],
+    *,
+    grids: Mapping[str, Grid] | None = None,
+    fitted: bool = True,
+    where: str = "",
 ) -> Tensor:
     """Turn one expert into a record: quantize it, or keep its values.
 
     Args:
         layout: the record layout of the expert's layer.
-        tensors: float matrices [rows, cols] and biases [size] under the layout's names.
+        tensors: float matrices [rows, cols] and biases [size] under the layout's names. A matrix
+            of codes is kept as it is; its groups must be the layout's.
+        grids: of matrices that lie on one, with the layout's groups: used where it loses less.
         fitted: scales of the least error; if not, plain min-max.
         where: the expert in words, put before the parameter's name in errors.
     Returns:
@@ -37,23 +45,20 @@ def encode(
         ModelError: a tensor is missing, unknown, of the wrong shape, or cannot be stored.
     """
     prefix = f"{where}: " if where else ""
-    expected: dict[str, tuple[int, ...]] = {m.name: (m.rows, m.cols) for m in layout.matrices}
-    expected |= {b.name: (b.size,) for b in layout.biases}
-    if set(tensors) != set(expected):
-        raise ModelError(f"{prefix}parameters {sorted(tensors)}, the layout has {sorted(expected)}")
-    for name, shape in expected.items():
-        if tuple(tensors[name].shape) != shape:
-            found = tuple(tensors[name].shape)
-            raise ModelError(f"{prefix}{name} has shape {found}, the layout has {shape}")
+    _check_shapes(layout, tensors, prefix)
     record = torch.zeros(layout.record_bytes, dtype=torch.uint8)
     for matrix, at in zip(layout.matrices, layout.offsets, strict=True):
         weight, name = tensors[matrix.name], prefix + matrix.name
         if layout.is_unquantized:
             _put(record, at.values, _unrounded(weight, layout, name))
             continue
-        codes, scale, zero = quantize(
-            weight, matrix.group, bits=layout.bits, fitted=fitted, name=name
-        )
+        if isinstance(weight, Quantized):
+            _check_codes(weight, matrix, layout.bits, name)
+            codes, scale, zero = weight
+        else:
+            found = quantize(weight, matrix.group, bits=layout.bits, fitted=fitted, name=name)
+            grid = (grids or {}).get(matrix.name)
+            codes, scale, zero = better(weight, found, grid, bits=layout.bits) if grid else found
         _put(record, at.scale, scale)
         _put(record, at.zero, zero)
         if layout.bits == 8:
@@ -62,7 +67,7 @@ def encode(
             _put(record, at.high, _pack_plane(codes >> 2, matrix.group))
             _put(record, at.low, _pack_plane(codes & 3, matrix.group))
     for bias, start in zip(layout.biases, layout.bias_offsets, strict=True):
-        values = tensors[bias.name].float()
+        values = _floats(tensors[bias.name], prefix + bias.name).float()
         if not torch.isfinite(values).all():
             raise ModelError(f"{prefix}{bias.name} holds NaN or infinity")
         _put(record, start, values)
@@ -141,9 +146,39 @@ def _put(record: Tensor, start: int, section: Tensor) -> None:
     record[start : start + data.numel()] = data
 
 
-def _unrounded(weight: Tensor, layout: RecordLayout, name: str) -> Tensor:
+def _check_shapes(
+    layout: RecordLayout, tensors: Mapping[str, Tensor | Quantized], prefix: str
+) -> None:
+    expected: dict[str, tuple[int, ...]] = {m.name: (m.rows, m.cols) for m in layout.matrices}
+    expected |= {b.name: (b.size,) for b in layout.biases}
+    if set(tensors) != set(expected):
+        raise ModelError(f"{prefix}parameters {sorted(tensors)}, the layout has {sorted(expected)}")
+    for name, shape in expected.items():
+        tensor = tensors[name]
+        found = tuple((tensor.codes if isinstance(tensor, Quantized) else tensor).shape)
+        if found != shape:
+            raise ModelError(f"{prefix}{name} has shape {found}, the layout has {shape}")
+
+
+def _check_codes(weight: Quantized, matrix: MatrixSpec, bits: int, name: str) -> None:
+    need = (matrix.rows, matrix.groups)
+    if not weight.scale.shape == weight.zero.shape == need:
+        raise ModelError(f"{name} has scales {tuple(weight.scale.shape)}, need {need}")
+    if int(weight.codes.max()) > MAX_CODE[bits]:
+        raise ModelError(f"{name} holds the code {int(weight.codes.max())}, need {bits} bits")
+    if not (torch.isfinite(weight.scale).all() and torch.isfinite(weight.zero).all()):
+        raise ModelError(f"{name} holds NaN or infinity")
+
+
+def _floats(tensor: Tensor | Quantized, name: str) -> Tensor:
+    if isinstance(tensor, Quantized):
+        raise ModelError(f"{name} is codes, need values")
+    return tensor
+
+
+def _unrounded(tensor: Tensor | Quantized, layout: RecordLayout, name: str) -> Tensor:
     """Bring values to the layout's dtype, which must hold each of them exactly."""
-    dtype = _value_dtype(layout)
+    weight, dtype = _floats(tensor, name), _value_dtype(layout)
     if torch.promote_types(weight.dtype, dtype) != dtype:
         have = str(weight.dtype).removeprefix("torch.")
         raise ModelError(f"{name} is {have}, a record of {layout.dtype} would round it")

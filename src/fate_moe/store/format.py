@@ -36,6 +36,8 @@ MAX_RECORD_BYTES = 1 << 34
 MAX_FILE_BYTES = 1 << 50
 DTYPES = ("bfloat16", "float16", "float32")
 BITS = (4, 8, 16, 32)
+FATES = ("kept", "requantized", "dequantized")  # of a source's packed weights
+MAX_PACKINGS = 32
 CHECKSUM = re.compile(r"[0-9a-f]{32}")  # blake2b, 128 bits
 
 
@@ -129,7 +131,9 @@ class Manifest:
     Attributes:
         source: what the store was made from.
         dtype: the dtype of the source's experts, such as "bfloat16".
-        quantization: {"bits": 4, ...}, for people and reports; 16 and 32 are unquantized.
+        quantization: {"bits": 4, ...}, for people and reports; 16 and 32 are unquantized. Where
+            the source's experts were packed, {"source": {"Q4_0": "kept", ...}} says what became of
+            each packing: kept as it was, requantized, or dequantized.
         layers: MoE layers in model order; the index is `ExpertKey.layer`.
         resident: the rest of the model.
     """
@@ -205,6 +209,8 @@ def parse_manifest(data: bytes, name: str = MANIFEST_FILE) -> Manifest:
     bits = quantization.integer("bits", BITS[0], BITS[-1])
     if bits not in BITS:
         raise FormatError(f"{name}: quantization: bits is {bits}, must be one of {BITS}")
+    if "source" in quantization.rest():
+        _check_packings(quantization.fields("source"), name)
     layers = tuple(_layer(item) for item in top.objects("layers", 1, MAX_LAYERS))
     manifest = Manifest(
         source=_source(top.fields("source")),
@@ -216,6 +222,13 @@ def parse_manifest(data: bytes, name: str = MANIFEST_FILE) -> Manifest:
     top.done()
     _check_whole(manifest, name)
     return manifest
+
+
+def _check_packings(fields: Fields, name: str) -> None:
+    for packing in fields.names(MAX_PACKINGS):
+        if not packing.isprintable() or not 1 <= len(packing) <= 64:
+            raise FormatError(f"{name}: quantization: {packing!r:.80} is no name of a packing")
+        fields.choice(packing, FATES)
 
 
 def _source(fields: Fields) -> Source:

@@ -1,0 +1,104 @@
+"""Where does the tokenizer of a GGUF come from?
+
+From the file, built by transformers, where that gives the original's tokens; else from a
+`tokenizer.json` beside it. A byte-level vocabulary is cut into words first, in a way that a GGUF
+only names (`tokenizer.ggml.pre`): a way that transformers does not know would give other tokens
+without a word, so it counts as one that cannot be built. Without any tokenizer there is no store:
+transformers would make an empty one of the config alone.
+Source: llama.cpp, llama-vocab.cpp (which names mean which cut).
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from fate_moe.errors import FormatError, ModelError
+from fate_moe.models.gguf_config import EMBEDDING, Gguf
+from fate_moe.models.load import quiet_transformers
+
+_BESIDE = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+           "chat_template.jinja")  # fmt: skip
+_MAX_BESIDE_BYTES = 1 << 28
+_AS_GPT2 = {"gpt-2", "gpt2", "olmo", "mpt"}
+_DIGITS_APART = {"refact", "smollm", "starcoder", "codeshell", "command-r"}  # else as GPT-2
+_DEEPSEEK_V3 = (
+    r"\p{N}{1,3}",
+    "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+    r"""| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
+)
+
+
+def write_tokenizer(gguf: Gguf, folder: Path) -> None:
+    """Write the tokenizer of a GGUF into `folder`.
+
+    Raises:
+        ModelError: the file has none that can be built, and none lies beside it.
+        FormatError: it has more tokens than the model.
+    """
+    try:
+        _build(gguf, folder)
+    except ModelError as error:
+        beside = [gguf.path.with_name(name) for name in _BESIDE]
+        if not beside[0].is_file():
+            raise ModelError(
+                f"{error}; put the model's tokenizer.json and tokenizer_config.json beside it"
+            ) from error
+        for path in beside:
+            if path.is_file():
+                _copy(path, folder)
+
+
+def _build(gguf: Gguf, folder: Path) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    metadata, lengths = gguf.header.metadata, gguf.header.lengths
+    kind = metadata.get("tokenizer.ggml.model")
+    tokens, rows = lengths.get("tokenizer.ggml.tokens", 0), gguf.shape(EMBEDDING)[0]
+    if kind is None or not tokens:
+        raise ModelError(f"{gguf.path}: holds no tokenizer")
+    if tokens > rows:
+        raise FormatError(f"{gguf.path}: {tokens} tokens, {EMBEDDING} has {rows} rows")
+    cut = _cut(gguf, metadata.get("tokenizer.ggml.pre")) if kind == "gpt2" else None
+    try:
+        with quiet_transformers():
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(
+                gguf.path.parent, gguf_file=gguf.path.name, local_files_only=True
+            )
+            if cut is not None:
+                tokenizer.backend_tokenizer.pre_tokenizer = cut
+            tokenizer.save_pretrained(folder)
+    except Exception as error:  # untrusted: whatever fails is the file's fault
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ModelError(f"{gguf.path}: transformers refuses its tokenizer: {why}") from error
+
+
+def _cut(gguf: Gguf, name: object) -> Any:
+    """Return how words are cut where transformers would do it wrong, None where it is right."""
+    from tokenizers import Regex
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
+
+    if name in _AS_GPT2 or name in _known_to_transformers():
+        return None
+    if name in _DIGITS_APART:
+        return Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+    if name == "deepseek-v3":
+        splits = [Split(Regex(pattern), behavior="isolated") for pattern in _DEEPSEEK_V3]
+        return Sequence([*splits, ByteLevel(add_prefix_space=False, use_regex=False)])
+    raise ModelError(f"{gguf.path}: its tokenizer cuts words as {name!r:.40}, which is unknown")
+
+
+def _known_to_transformers() -> set[object]:
+    try:
+        from transformers.integrations.gguf import gguf_tokenizer_mapping
+    except ImportError:  # before 5.23
+        return set()
+    return set(getattr(gguf_tokenizer_mapping, "GGUF_PRE_TOKENIZER_SPLITS", ()))
+
+
+def _copy(path: Path, folder: Path) -> None:
+    if path.stat().st_size > _MAX_BESIDE_BYTES:
+        raise ModelError(f"{path}: larger than {_MAX_BESIDE_BYTES} bytes")
+    shutil.copyfile(path, folder / path.name)
