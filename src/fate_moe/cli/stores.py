@@ -62,6 +62,13 @@ def convert(
     force: Annotated[
         bool, typer.Option("--force", help="Replace the store that is there, once done.")
     ] = False,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Experts to convert side by side. Default: one per core, within 1 GiB together.",
+        ),
+    ] = None,
     revision: options.Revision = None,
     cache_dir: options.CacheDir = None,
     json_out: options.JsonOut = False,
@@ -89,7 +96,7 @@ def convert(
         root = cache_dir or default_cache_dir()
         store, manifest = convert_model(
             model, out, cache_dir=root, revision=revision, group_size=group_size, bits=bits,
-            fitted=scales == "fitted", force=force, progress=progress,
+            fitted=scales == "fitted", force=force, jobs=jobs, progress=progress,
         )  # fmt: skip
     if json_out:
         emit_json({"store": str(store), **_summary(manifest)})

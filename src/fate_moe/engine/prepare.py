@@ -23,6 +23,8 @@ from fate_moe.models.gguf import SUFFIX, find_gguf
 from fate_moe.reference import SMOLMOE, build_smolmoe
 from fate_moe.store.convert import convert, is_made_from
 from fate_moe.store.format import Manifest, is_store, read_manifest
+from fate_moe.store.ordered import check_jobs
+from fate_moe.store.space import check_space
 from fate_moe.types import Progress, no_progress
 
 DEFAULT_GROUP = 64
@@ -85,6 +87,7 @@ def convert_model(  # noqa: PLR0913 - a store's options, all of them by name
     bits: int = DEFAULT_BITS,
     fitted: bool = True,
     force: bool = False,
+    jobs: int | None = None,
     progress: Progress = no_progress,
 ) -> tuple[Path, Manifest]:
     """Make the store of a model, or find that it is there already.
@@ -96,13 +99,15 @@ def convert_model(  # noqa: PLR0913 - a store's options, all of them by name
         bits: per weight: 4, 8, or 16 for experts as they are in the checkpoint.
         fitted: scales of the least error; if not, plain min-max.
         force: convert again and replace what is at `out`.
+        jobs: experts to convert side by side; None = one per core, together within 1 GiB.
     Returns:
         The store's folder and manifest.
     Raises:
-        ConfigError: bits or scales that do not exist.
+        ConfigError: bits or scales that do not exist, or a number of jobs that cannot be.
         ModelError, StoreError: as `find_store`.
     """
     _settings(bits, fitted)  # first: a typing error should not cost a download
+    check_jobs(jobs)
     folder = _local(model)
     if folder is not None and is_store(folder):
         raise ModelError(f"{model}: is a store already; give the checkpoint it was made from")
@@ -114,8 +119,9 @@ def convert_model(  # noqa: PLR0913 - a store's options, all of them by name
         stale = out is None and is_store(store) and not is_made_from(read_manifest(store), source)
         with _one_thread():
             manifest = convert(
-                source, store, force=force or stale, wait=out is None, progress=progress
-            )
+                source, store, force=force or stale, wait=out is None, jobs=jobs,
+                progress=progress,
+            )  # fmt: skip
     give_memory_back()
     return store, manifest
 
@@ -207,8 +213,9 @@ def _check_store(folder: Path, need: str) -> None:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    # Quantizing is many small operations; a second thread gains little and, beside one busy
-    # process, costs several times the time (docs/experiments.md).
+    # Quantizing is many small operations; a second thread inside one gains little and, beside one
+    # busy process, costs several times the time (docs/experiments.md). Whole experts side by side
+    # are another matter: `convert` has its own threads, which take this number over.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -237,11 +244,29 @@ def give_memory_back() -> None:
         trim(0)
 
 
+def _check_download(model: str, revision: str | None) -> None:
+    """Refuse what does not fit on the disk of the hub's cache; what is there costs nothing."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.errors import DryRunError
+
+    try:
+        files = snapshot_download(
+            model, revision=revision, allow_patterns=list(_PATTERNS), dry_run=True
+        )
+    except DryRunError:  # no network: there will be no download either
+        return
+    need = sum(file.file_size or 0 for file in files if file.will_download)
+    hint = "free some space, or let HF_HOME name a folder on another disk; the store comes on top"
+    check_space(Path(HF_HUB_CACHE), need, f"{model} is downloaded there: {hint}")
+
+
 def _download(model: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
+        _check_download(model, revision)
         return Path(snapshot_download(model, revision=revision, allow_patterns=list(_PATTERNS)))
     except LocalEntryNotFoundError as error:
         raise ModelError(

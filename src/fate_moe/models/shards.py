@@ -8,7 +8,9 @@ is read; a key lies in exactly one shard.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +54,7 @@ class Shards:
         self.tensors: dict[str, SourceTensor] = {}
         self.digests: dict[str, str] = {}
         self._open_files: dict[Path, BinaryIO] = {}
+        self._lock = threading.Lock()  # one opens a file; one seeks, where preadv is missing
         promised = _weight_map(folder)
         for name in sorted(set(promised.values())):
             self._add(folder / name)
@@ -139,19 +142,28 @@ class Shards:
             self.tensors[name] = SourceTensor(name, entry.dtype, entry.shape)
 
     def _read_into(self, path: Path, offset: int, target: memoryview) -> None:
+        """Fill `target` from `offset`; any thread may call it."""
         try:
-            file = self._open_files.get(path)
-            if file is None:
-                file = self._open_files[path] = path.open("rb", buffering=0)
-            file.seek(offset)
+            with self._lock:
+                file = self._open_files.get(path)
+                if file is None:
+                    file = self._open_files[path] = path.open("rb", buffering=0)
             done = 0
             while done < len(target):
-                count = file.readinto(target[done:])  # type: ignore[attr-defined]
+                count = self._read_some(file, offset + done, target[done:])
                 if not count:
                     raise FormatError(f"{path}: ends at {offset + done}; it changed while we read")
                 done += count
         except OSError as error:
             raise FormatError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+    def _read_some(self, file: BinaryIO, offset: int, target: memoryview) -> int:
+        preadv = getattr(os, "preadv", None)  # missing on Windows
+        if preadv is not None:
+            return int(preadv(file.fileno(), [target], offset))
+        with self._lock:
+            file.seek(offset)
+            return int(file.readinto(target))  # type: ignore[attr-defined]
 
 
 def read_json(path: Path) -> dict[str, object]:

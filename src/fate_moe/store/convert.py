@@ -1,27 +1,31 @@
 """How does a model become a store, safely, in little memory?
 
-One expert at a time: ask the source for a record, write it, forget it. Everything is written in
-`<out>.partial` (see `workdir`), which becomes `out` by one rename when it is complete; so `out` is
-either a whole store or not there, and an interrupted job goes on where it stopped.
+Expert by expert: ask the source for a record, write it, forget it; some are made side by side and
+written in order (see `ordered`). Everything is written in `<out>.partial` (see `workdir`), which
+becomes `out` by one rename when it is complete; so `out` is either a whole store or not there, and
+an interrupted job goes on where it stopped.
 
 Knows neither torch nor the codec: a source hands over finished records. Invariants: never more
-than one record and one copy buffer in memory; a layer that the journal calls finished is not
+than `jobs` experts in work and `jobs + 2` records (one of them on its way to disk) or one copy
+buffer in memory; the bytes do not depend on `jobs`; a layer that the journal calls finished is not
 encoded again; nothing of the source is executed or unpickled.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import shutil
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
 from filelock import FileLock, Timeout
 
+from fate_moe.config import format_bytes
 from fate_moe.errors import ModelError, StoreError
 from fate_moe.store.format import (
     INDEX_FILE,
@@ -39,7 +43,9 @@ from fate_moe.store.format import (
     write_manifest,
 )
 from fate_moe.store.header import build_header, tensor_bytes
+from fate_moe.store.ordered import check_jobs, default_jobs, in_order
 from fate_moe.store.reader import record_checksum
+from fate_moe.store.space import check_space, held_bytes, write_error
 from fate_moe.store.workdir import JOURNAL_FILE, Workdir
 from fate_moe.types import ExpertKey, Progress, no_progress
 
@@ -108,7 +114,7 @@ class ExpertSource(Protocol):
         ...
 
     def record(self, key: ExpertKey) -> memoryview:
-        """Read one expert and make its record; uint8 [record_bytes]."""
+        """Read one expert and make its record; uint8 [record_bytes]. Any thread may call it."""
         ...
 
     def read_resident(self, name: str) -> Iterator[bytes | memoryview]:
@@ -126,6 +132,7 @@ def convert(
     *,
     force: bool = False,
     wait: bool = False,
+    jobs: int | None = None,
     progress: Progress = no_progress,
 ) -> Manifest:
     """Write `source` as a store.
@@ -135,29 +142,37 @@ def convert(
         out: folder of the store; must not exist, or hold a store.
         force: replace a store that stands at `out`, once the new one is complete.
         wait: let another process that converts to `out` finish, instead of refusing.
-        progress: receives bytes written of bytes to write.
+        jobs: experts to convert side by side, 1 to 256, but never more than a layer has; None =
+            `default_jobs`. The store is the same for any number.
+        progress: receives bytes written of bytes to write, from the caller's thread.
     Returns:
         The manifest; at once if `out` already is the store of this source with these options.
     Raises:
-        StoreError: `out` is taken, cannot be written, the disk is full, or another process
-            converts to it.
+        StoreError: `out` is taken, cannot be written, the disk is full or has too little space
+            (found before anything is written), or another process converts to it.
         ModelError, FormatError: the source is damaged or incomplete.
-        KeyboardInterrupt: as it came; `<out>.partial` stays and the next call goes on from it.
-    Memory: one expert at a time, whatever the model's size.
+        ConfigError: a number of jobs that cannot be.
+        KeyboardInterrupt: as it came, once the experts in work are done; `<out>.partial` stays and
+            the next call goes on from it.
+    Memory: `jobs` experts and their records, whatever the model's size; never beyond two layers
+        of experts in float32.
     """
+    check_jobs(jobs)
     out = out.absolute()
+    job = _Job(source, out, jobs or default_jobs(_expert_weights(source)), progress)
     try:
         found = _existing(source, out, force)
         if found is not None:  # needs no lock, and no right to write
             return found
+        job.check_space()
         out.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(out.with_name(f".{out.name}.lock"), timeout=-1 if wait else 0):
             found = _existing(source, out, force)
-            return found if found is not None else _Job(source, out, progress).run()
+            return found if found is not None else job.run()
     except Timeout as error:
         raise StoreError(f"{out}: another process is converting to it") from error
     except OSError as error:
-        raise _store_error(out, error) from error
+        raise write_error(out, error) from error
 
 
 def is_made_from(manifest: Manifest, source: ExpertSource) -> bool:
@@ -188,8 +203,11 @@ def _existing(source: ExpertSource, out: Path, force: bool) -> Manifest | None:
 class _Job:
     """One conversion: layers, the rest, small files, manifest, rename."""
 
-    def __init__(self, source: ExpertSource, out: Path, progress: Progress) -> None:
+    def __init__(self, source: ExpertSource, out: Path, jobs: int, progress: Progress) -> None:
         self._source = source
+        self._out = out
+        # More would hold more than a layer: beyond the bound, for a layer's files one by one.
+        self._jobs = min(jobs, *(layer.num_experts for layer in source.layers))
         self._progress = progress
         self._work = Workdir(out, _fingerprint(source))
         self._resident_header = build_header([(t.name, t.dtype, t.shape) for t in source.resident])
@@ -200,11 +218,22 @@ class _Job:
         }
         self._done = dict.fromkeys(self._totals, 0)
 
+    def check_space(self) -> None:
+        """Refuse when the disk has no room for the store beside what is there."""
+        # What lies in the work folder is finished, or will be overwritten or removed.
+        held = held_bytes(self._work.folder)
+        need = sum(self._totals.values()) + _SPARE_BYTES - held
+        hint = "free some space, or give a store on another disk"
+        if self._out.exists():
+            old = format_bytes(held_bytes(self._out))
+            hint = f"the old store ({old}) stays until the new one is whole; remove it or {hint}"
+        check_space(self._work.folder, need, hint)
+
     def run(self) -> Manifest:
+        """Make the store, or go on where an earlier try stopped."""
         source = self._source
         self._work.open()
-        self._check_space()
-        layers = tuple(self._layer(i, layer) for i, layer in enumerate(source.layers))
+        layers = self._layers()
         resident = self._resident()
         manifest = Manifest(source.source, source.dtype, source.quantization, layers, resident)
         self._small_files()
@@ -219,22 +248,38 @@ class _Job:
         tensors = self._source.resident
         return len(self._resident_header) + sum(tensor_bytes(t.dtype, t.shape) for t in tensors)
 
-    def _check_space(self) -> None:
-        need = sum(self._totals.values()) - self._work.finished_bytes + _SPARE_BYTES
-        have = shutil.disk_usage(self._work.folder).free
-        if have < need:
-            raise StoreError(
-                f"{self._work.folder}: not enough disk space: need {need} bytes, have {have}"
+    def _layers(self) -> tuple[LayerEntry, ...]:
+        layers = self._source.layers
+        checksums = [
+            self._work.finished(layer_file(i), _layer_bytes(layer))
+            for i, layer in enumerate(layers)
+        ]
+        missing = (
+            ExpertKey(i, expert)
+            for i, layer in enumerate(layers)
+            if checksums[i] is None
+            for expert in range(layer.num_experts)
+        )
+        # One run for all layers: nobody waits at the end of one.
+        with closing(in_order(self._record, missing, self._jobs)) as records:
+            return tuple(
+                self._layer(i, layer, checksums[i], records) for i, layer in enumerate(layers)
             )
 
-    def _layer(self, index: int, layer: SourceLayer) -> LayerEntry:
+    def _layer(
+        self,
+        index: int,
+        layer: SourceLayer,
+        checksums: list[str] | None,
+        records: Iterator[tuple[memoryview, str]],
+    ) -> LayerEntry:
         file = layer_file(index)
         header = layer_header(layer.num_experts, layer.record_bytes)
         size = _layer_bytes(layer)
-        checksums = self._work.finished(file, size)
         if checksums is None:
             checksums = []
-            self._work.write(file, self._records(index, layer, header, checksums))
+            own = islice(records, layer.num_experts)
+            self._work.write(file, self._layer_pieces(header, own, checksums))
             self._work.finish(file, size, checksums)
         else:
             self._advance(_QUANTIZING, size)
@@ -251,19 +296,21 @@ class _Job:
             checksums=tuple(checksums),
         )
 
-    def _records(
-        self, index: int, layer: SourceLayer, header: bytes, checksums: list[str]
+    def _layer_pieces(
+        self, header: bytes, records: Iterator[tuple[memoryview, str]], checksums: list[str]
     ) -> Iterator[bytes | memoryview]:
         yield self._count(_QUANTIZING, header)
-        for expert in range(layer.num_experts):
-            key = ExpertKey(index, expert)
-            record = self._source.record(key)
-            if len(record) != layer.record_bytes:
-                raise ModelError(
-                    f"{key}: {len(record)} bytes, the layer has {layer.record_bytes} per record"
-                )
-            checksums.append(record_checksum(record))
+        for record, checksum in records:
+            checksums.append(checksum)
             yield self._count(_QUANTIZING, record)
+
+    def _record(self, key: ExpertKey) -> tuple[memoryview, str]:
+        """Make a record and its checksum; runs in several threads at once."""
+        record = self._source.record(key)
+        need = self._source.layers[key.layer].record_bytes
+        if len(record) != need:
+            raise ModelError(f"{key}: {len(record)} bytes, the layer has {need} per record")
+        return record, record_checksum(record)
 
     def _resident(self) -> Resident:
         size = self._resident_bytes
@@ -328,6 +375,11 @@ def _hashed(
         yield piece
 
 
+def _expert_weights(source: ExpertSource) -> int:
+    layers = source.layers
+    return max(sum(math.prod(s[1:]) for s in layer.params.values()) for layer in layers)
+
+
 def _layer_bytes(layer: SourceLayer) -> int:
     header = layer_header(layer.num_experts, layer.record_bytes)
     return len(header) + layer.num_experts * layer.record_bytes
@@ -343,12 +395,3 @@ def _fingerprint(source: ExpertSource) -> str:
     }
     text = json.dumps(facts, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def _store_error(out: Path, error: OSError) -> StoreError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return StoreError(
-            f"{out}: the disk is full; free some space and run again, finished layers are kept"
-        )
-    where = error.filename or out
-    return StoreError(f"{where}: cannot be written: {error.strerror or error}")

@@ -22,6 +22,9 @@ from fate_moe.store.header import load_json
 JOURNAL_FILE = "journal.json"
 
 
+_FLUSH_BYTES = 16 << 20
+
+
 class Workdir:
     """The folder `<out>.partial` of one conversion.
 
@@ -47,11 +50,6 @@ class Workdir:
         else:
             self._files = journal
 
-    @property
-    def finished_bytes(self) -> int:
-        """Bytes of the finished files, which need no more disk space."""
-        return sum(size for name, (size, _) in self._files.items() if self.finished(name, size))
-
     def finished(self, name: str, size: int) -> list[str] | None:
         """Return the checksums of a finished file of `size` bytes, None if it must be written."""
         entry = self._files.get(name)
@@ -70,10 +68,16 @@ class Workdir:
         temporary = self.folder / f"{name}.tmp"
         temporary.parent.mkdir(exist_ok=True)
         with temporary.open("wb", buffering=0) as file:
+            unsafe = 0
             for piece in pieces:
                 view = memoryview(piece)
                 while view:
                     view = view[file.write(view) :]
+                unsafe += len(piece)
+                # Little by little: all at once at the end, those who make the pieces would wait.
+                if unsafe >= _FLUSH_BYTES:
+                    os.fsync(file.fileno())
+                    unsafe = 0
             os.fsync(file.fileno())
         temporary.replace(self.folder / name)
         _sync_folder(self.folder)

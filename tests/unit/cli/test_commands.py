@@ -169,6 +169,17 @@ def test_convert_to_other_settings(
     assert mode in json.loads(result.stdout)["mode"]
 
 
+def test_convert_with_any_number_of_jobs_makes_the_same_store(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    made = []
+    for jobs in ("1", "4"):
+        out = tmp_path / jobs
+        assert fate("convert", str(tiny_checkpoint), str(out), "--jobs", jobs).exit_code == 0
+        made.append((out / "fate.json").read_bytes())  # holds every record's checksum
+    assert made[0] == made[1]
+
+
 def test_verify_names_a_flipped_byte(tiny_store: Path, tmp_path: Path) -> None:
     out = tmp_path / "store"
     shutil.copytree(tiny_store, out)
@@ -301,6 +312,8 @@ class TestBadInput:
         [
             (["--bits", "5"], "bits: 5 is none of 4, 8, 16"),
             (["--bits", "32"], "bits: 32 is none of 4, 8, 16"),
+            (["--jobs", "0"], "jobs: have 0, need 1 to 256"),
+            (["--jobs", "1000"], "jobs: have 1000, need 1 to 256"),
             (["--scales", "best"], "scales: 'best' is none of fitted, minmax"),
             (["--bits", "16", "--scales", "minmax"], "scales: minmax needs 4 or 8 bits, have 16"),
         ],

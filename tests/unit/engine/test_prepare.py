@@ -2,14 +2,21 @@
 
 import os
 import shutil
+import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import huggingface_hub
 import pytest
+import torch
 from filelock import FileLock
+from huggingface_hub.errors import DryRunError
 from safetensors.torch import load_file, save_file
 
 from fate_moe.engine.prepare import cached_store, convert_model, find_checkpoint, find_store
 from fate_moe.errors import ConfigError, ModelError, StoreError
+from fate_moe.models import checkpoint as models_checkpoint
 from fate_moe.store.format import read_manifest
 
 
@@ -139,6 +146,80 @@ def test_a_changed_chat_template_is_a_changed_model(checkpoint: Path, tmp_path: 
     (checkpoint / "chat_template.jinja").write_text("{{ messages[0].content }}")
     assert find_store(str(checkpoint), cache_dir=tmp_path / "cache") == store
     assert (store / "chat_template.jinja").read_text() == "{{ messages[0].content }}"
+
+
+def test_the_store_is_the_same_for_any_number_of_jobs(checkpoint: Path, tmp_path: Path) -> None:
+    stores = []
+    for jobs in (1, 3, None):
+        out = tmp_path / f"store-{jobs}"
+        convert_model(str(checkpoint), out, cache_dir=tmp_path, jobs=jobs)
+        stores.append({path.name: path.read_bytes() for path in out.iterdir()})
+    assert stores[0] == stores[1] == stores[2]
+
+
+def test_torch_computes_one_expert_in_one_thread(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, bool]] = []
+    real = models_checkpoint.encode
+
+    def spy(*args: Any, **kwargs: Any) -> torch.Tensor:
+        here = threading.current_thread() is threading.main_thread()
+        seen.append((torch.get_num_threads(), here))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(models_checkpoint, "encode", spy)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        convert_model(str(checkpoint), tmp_path / "out", cache_dir=tmp_path, jobs=2)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert set(seen) == {(1, False)}
+
+
+def test_a_number_of_jobs_that_cannot_be_costs_no_download(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="jobs: have 0, need 1 to 256"):
+        convert_model("no/such-model", None, cache_dir=tmp_path, jobs=0)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A hub with one model of 10 GiB, 4 of them here already; a disk with little space."""
+    hub = SimpleNamespace(free=0, fetched=0, is_offline=False)
+
+    def snapshot_download(model: str, *, dry_run: bool = False, **options: object) -> object:
+        if not dry_run:
+            hub.fetched += 1
+            return str(tmp_path)
+        if hub.is_offline:
+            raise DryRunError("no network")
+        return [
+            SimpleNamespace(file_size=4 << 30, will_download=False),
+            SimpleNamespace(file_size=6 << 30, will_download=True),
+            SimpleNamespace(file_size=None, will_download=True),
+        ]
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=hub.free))
+    return hub
+
+
+def test_what_does_not_fit_is_not_downloaded(hub: SimpleNamespace, tmp_path: Path) -> None:
+    hub.free = (6 << 30) - 1
+    with pytest.raises(StoreError, match=r"need 6\.0 GiB more, have 6\.0 GiB free; a/b is") as no:
+        find_checkpoint("a/b", cache_dir=tmp_path)
+    assert "HF_HOME" in str(no.value)
+    assert hub.fetched == 0
+    hub.free += 1
+    assert find_checkpoint("a/b", cache_dir=tmp_path) == tmp_path
+    assert hub.fetched == 1
+
+
+def test_without_a_network_what_is_there_is_used(hub: SimpleNamespace, tmp_path: Path) -> None:
+    hub.is_offline = True
+    assert find_checkpoint("a/b", cache_dir=tmp_path) == tmp_path
 
 
 @pytest.mark.parametrize("name", ["../x", "a b/c", "one/two/three", "~nobody/x/y", "http://x/y"])

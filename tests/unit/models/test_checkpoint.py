@@ -446,10 +446,10 @@ def peak() -> int:
 
 folder, small, out = map(Path, sys.argv[1:])
 with open_checkpoint(small) as source:
-    convert(source, out / "store-small")  # imports, thread pools and torch's own buffers
+    convert(source, out / "store-small", jobs=JOBS)  # imports, thread pools and torch's own buffers
 before = peak()
 with open_checkpoint(folder) as source:
-    convert(source, out / "store-large")
+    convert(source, out / "store-large", jobs=JOBS)
     layer = source.layers[0]
     floats = 4 * sum(source.expert_layers[0].params[n][1] * source.expert_layers[0].params[n][2]
                      for n in layer.params) * layer.num_experts
@@ -458,12 +458,16 @@ print(peak() - before, floats, floats * len(source.layers))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs /proc for VmHWM")
-def test_convert_holds_one_expert_and_never_a_layer(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("jobs", [1, 4])
+def test_convert_holds_one_expert_per_job_and_never_a_layer(
+    jobs: int, folder: Path, tmp_path: Path
+) -> None:
     save("qwen3_moe", tmp_path / "small")
     size = {"hidden_size": 512, "moe_intermediate_size": 512, "num_experts": 16}
     save("qwen3_moe", folder, num_hidden_layers=6, **size)
+    folders = (folder, tmp_path / "small", tmp_path)
     run = subprocess.run(
-        [sys.executable, "-c", PEAK, str(folder), str(tmp_path / "small"), str(tmp_path)],
+        [sys.executable, "-c", PEAK.replace("JOBS", str(jobs)), *map(str, folders)],
         capture_output=True, text=True, check=True, timeout=300,
     )  # fmt: skip
     grown, layer_bytes, model_bytes = map(int, run.stdout.split())

@@ -2,10 +2,8 @@
 
 import errno
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from filelock import FileLock
@@ -37,7 +35,7 @@ def test_a_store_holds_every_record_where_the_manifest_says(
 ) -> None:
     manifest = convert(source, out)
     assert read_manifest(out) == manifest
-    assert source.encoded == ALL
+    assert sorted(source.encoded) == ALL
     for index, layer in enumerate(manifest.layers):
         data = (out / layer.file).read_bytes()
         assert len(data) == layer.file_bytes
@@ -168,7 +166,7 @@ def test_resume_encodes_no_finished_layer_again(
     source.fail_at.clear()
     source.encoded.clear()
     convert(source, out)
-    assert source.encoded == [ExpertKey(1, 0), ExpertKey(1, 1), ExpertKey(1, 2)]
+    assert sorted(source.encoded) == [ExpertKey(1, 0), ExpertKey(1, 1), ExpertKey(1, 2)]
     report = verify(out)
     assert report.is_intact
     assert report.records == 6
@@ -199,7 +197,7 @@ def test_work_that_cannot_be_trusted_is_done_again(
     else:
         first.unlink()
     convert(source, out)
-    assert source.encoded == ALL
+    assert sorted(source.encoded) == ALL
     assert verify(out).is_intact
 
 
@@ -233,16 +231,6 @@ def test_two_converters_do_not_meet(source: FormulaSource, out: Path) -> None:
     convert(source, out)
 
 
-def test_too_little_space_is_said_before_work_starts(
-    source: FormulaSource, out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=12345))
-    with pytest.raises(StoreError, match=r"need \d+ bytes, have 12345"):
-        convert(source, out)
-    assert source.encoded == []
-    assert not out.exists()
-
-
 def test_a_full_disk_is_one_line_and_resumable(
     source: FormulaSource, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -260,7 +248,7 @@ def test_a_full_disk_is_one_line_and_resumable(
     assert "\n" not in str(caught.value)
     source.encoded.clear()
     convert(source, out)
-    assert source.encoded == ALL[3:]
+    assert sorted(source.encoded) == ALL[3:]
 
 
 def test_a_folder_that_cannot_be_written(source: FormulaSource, tmp_path: Path) -> None:
