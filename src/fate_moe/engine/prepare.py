@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from fate_moe.engine.hub import commit_of, download
 from fate_moe.errors import ConfigError, ModelError
 from fate_moe.models.checkpoint import open_checkpoint
 from fate_moe.models.gguf import SUFFIX, find_gguf
@@ -24,14 +25,12 @@ from fate_moe.reference import SMOLMOE, build_smolmoe
 from fate_moe.store.convert import convert, is_made_from
 from fate_moe.store.format import Manifest, is_store, read_manifest
 from fate_moe.store.ordered import check_jobs
-from fate_moe.store.space import check_space
 from fate_moe.types import Progress, no_progress
 
 DEFAULT_GROUP = 64
 DEFAULT_BITS = 4
 BITS = (4, 8, 16)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "LICENSE*")
 
 
 def default_cache_dir() -> Path:
@@ -113,8 +112,9 @@ def convert_model(  # noqa: PLR0913 - a store's options, all of them by name
         raise ModelError(f"{model}: is a store already; give the checkpoint it was made from")
     checkpoint = find_checkpoint(model, cache_dir=cache_dir, revision=revision, progress=progress)
     store = out or cached_store(model, cache_dir, revision, bits=bits, fitted=fitted)
+    commit = commit_of(checkpoint) or revision
     with open_checkpoint(
-        checkpoint, group=group_size, bits=bits, fitted=fitted, source_id=model, revision=revision
+        checkpoint, group=group_size, bits=bits, fitted=fitted, source_id=model, revision=commit
     ) as source:
         stale = out is None and is_store(store) and not is_made_from(read_manifest(store), source)
         with _one_thread():
@@ -187,7 +187,7 @@ def find_checkpoint(
     if model.lower().endswith(SUFFIX):
         raise ModelError(f"{model}: no such file")
     if _HUB_ID.fullmatch(model):
-        return _download(model, revision)
+        return download(model, revision, progress)
     raise ModelError(f"{model}: no such folder; give {SMOLMOE}, a folder, or a hub id (owner/name)")
 
 
@@ -242,37 +242,3 @@ def give_memory_back() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:  # glibc has it, musl has not
         trim(0)
-
-
-def _check_download(model: str, revision: str | None) -> None:
-    """Refuse what does not fit on the disk of the hub's cache; what is there costs nothing."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.constants import HF_HUB_CACHE
-    from huggingface_hub.errors import DryRunError
-
-    try:
-        files = snapshot_download(
-            model, revision=revision, allow_patterns=list(_PATTERNS), dry_run=True
-        )
-    except DryRunError:  # no network: there will be no download either
-        return
-    need = sum(file.file_size or 0 for file in files if file.will_download)
-    hint = "free some space, or let HF_HOME name a folder on another disk; the store comes on top"
-    check_space(Path(HF_HUB_CACHE), need, f"{model} is downloaded there: {hint}")
-
-
-def _download(model: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        _check_download(model, revision)
-        return Path(snapshot_download(model, revision=revision, allow_patterns=list(_PATTERNS)))
-    except LocalEntryNotFoundError as error:
-        raise ModelError(
-            f"{model}: not on this machine and the hub cannot be reached; "
-            "check the network, or give the folder of a downloaded model"
-        ) from error
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"{model}: cannot be fetched from the hub: {reason}") from error

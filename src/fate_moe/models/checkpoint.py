@@ -18,12 +18,12 @@ from torch import Tensor
 
 from fate_moe.errors import FormatError, ModelError
 from fate_moe.models import gguf
-from fate_moe.models.expert_index import ExpertIndex, ExpertLayer, index_experts
+from fate_moe.models.expert_index import ExpertIndex, ExpertLayer, experts_of, index_experts
 from fate_moe.models.gguf_config import write_config
 from fate_moe.models.gguf_names import read_names
 from fate_moe.models.gguf_tokenizer import write_tokenizer
 from fate_moe.models.load import read_skeleton
-from fate_moe.models.packed import plain_config, unpack
+from fate_moe.models.packed import check_method, plain_config, unpack
 from fate_moe.models.shards import Shards, file_digest, read_json
 from fate_moe.models.weights import FLOATS, Weights
 from fate_moe.quant.codec import encode
@@ -106,6 +106,18 @@ def _open_gguf(
         raise
     source.scratch = scratch
     return source
+
+
+def check_config(folder: Path) -> None:
+    """Refuse a model that could not be converted, before its weights are fetched.
+
+    Raises:
+        ModelError: no MoE, an unsupported family, or a packing other than FP8 and MXFP4.
+        FormatError: config.json breaks its format.
+    """
+    family, packing = _check_config(folder)
+    check_method(folder, packing)
+    experts_of(read_skeleton(folder).module, family)
 
 
 class CheckpointSource:

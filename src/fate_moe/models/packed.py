@@ -25,6 +25,7 @@ from fate_moe.models.shards import Shards
 from fate_moe.models.weights import Weights
 from fate_moe.store.convert import SourceTensor
 
+METHODS = ("fp8", "mxfp4")
 DEFAULT_BLOCK = [128, 128]  # of a config with quant_method fp8 that names none
 
 _BAND = 1 << 20  # weights that are unpacked at a time
@@ -65,18 +66,11 @@ def unpack(shards: Shards, folder: Path, quantization: object) -> Weights:
         FormatError: a scale or a packed tensor has the wrong dtype or shape.
     """
     found: list[_Packing] = []
-    if quantization is not None:
-        fields = quantization if isinstance(quantization, dict) else {}
-        method = fields.get("quant_method")
-        if method == "fp8":
-            found = _find_fp8(shards, _block(folder, fields))
-        elif method == "mxfp4":
-            found = _find_mxfp4(shards)
-        else:
-            raise ModelError(
-                f"{folder}: the checkpoint is already quantized ({method or 'unknown'!s:.40}): "
-                "only fp8 and mxfp4 are read; use one of these, or the bf16 checkpoint"
-            )
+    method = check_method(folder, quantization)
+    if method == "fp8" and isinstance(quantization, dict):
+        found = _find_fp8(shards, _block(folder, quantization))
+    elif method == "mxfp4":
+        found = _find_mxfp4(shards)
     packed = Packed(shards, found)
     for name, tensor in packed.tensors.items():
         if tensor.dtype.startswith("F8_"):
@@ -85,6 +79,23 @@ def unpack(shards: Shards, folder: Path, quantization: object) -> Weights:
                 "quantization_config explains; the checkpoint is incomplete"
             )
     return packed if found else shards
+
+
+def check_method(folder: Path, quantization: object) -> str | None:
+    """Return the method of a config's `quantization_config`; None where it is None.
+
+    Raises:
+        ModelError: another method than fp8 and mxfp4.
+    """
+    if quantization is None:
+        return None
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if method not in METHODS:
+        raise ModelError(
+            f"{folder}: the checkpoint is already quantized ({method or 'unknown'!s:.40}): "
+            f"only {' and '.join(METHODS)} are read; use one of these, or the bf16 checkpoint"
+        )
+    return str(method)
 
 
 def plain_config(data: bytes) -> bytes:

@@ -166,6 +166,17 @@ class Shards:
             return int(file.readinto(target))  # type: ignore[attr-defined]
 
 
+def promised_files(folder: Path) -> tuple[str, ...]:
+    """Name the safetensors of a checkpoint of which perhaps only the index is there.
+
+    Raises:
+        FormatError: the index breaks its format.
+    """
+    if not (folder / INDEX_FILE).is_file():
+        return (SINGLE_FILE,)
+    return tuple(sorted(set(_read_index(folder / INDEX_FILE).values())))
+
+
 def read_json(path: Path) -> dict[str, object]:
     """Read a JSON object of bounded size from an untrusted file.
 
@@ -207,6 +218,10 @@ def _weight_map(folder: Path) -> Mapping[str, str]:
         raise ModelError(
             f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE}; only safetensors are read"
         )
+    return _read_index(index)
+
+
+def _read_index(index: Path) -> Mapping[str, str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{index}: weight_map must be an object with entries")

@@ -4,14 +4,11 @@ import os
 import shutil
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import huggingface_hub
 import pytest
 import torch
 from filelock import FileLock
-from huggingface_hub.errors import DryRunError
 from safetensors.torch import load_file, save_file
 
 from fate_moe.engine.prepare import cached_store, convert_model, find_checkpoint, find_store
@@ -182,44 +179,6 @@ def test_torch_computes_one_expert_in_one_thread(
 def test_a_number_of_jobs_that_cannot_be_costs_no_download(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="jobs: have 0, need 1 to 256"):
         convert_model("no/such-model", None, cache_dir=tmp_path, jobs=0)
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A hub with one model of 10 GiB, 4 of them here already; a disk with little space."""
-    hub = SimpleNamespace(free=0, fetched=0, is_offline=False)
-
-    def snapshot_download(model: str, *, dry_run: bool = False, **options: object) -> object:
-        if not dry_run:
-            hub.fetched += 1
-            return str(tmp_path)
-        if hub.is_offline:
-            raise DryRunError("no network")
-        return [
-            SimpleNamespace(file_size=4 << 30, will_download=False),
-            SimpleNamespace(file_size=6 << 30, will_download=True),
-            SimpleNamespace(file_size=None, will_download=True),
-        ]
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=hub.free))
-    return hub
-
-
-def test_what_does_not_fit_is_not_downloaded(hub: SimpleNamespace, tmp_path: Path) -> None:
-    hub.free = (6 << 30) - 1
-    with pytest.raises(StoreError, match=r"need 6\.0 GiB more, have 6\.0 GiB free; a/b is") as no:
-        find_checkpoint("a/b", cache_dir=tmp_path)
-    assert "HF_HOME" in str(no.value)
-    assert hub.fetched == 0
-    hub.free += 1
-    assert find_checkpoint("a/b", cache_dir=tmp_path) == tmp_path
-    assert hub.fetched == 1
-
-
-def test_without_a_network_what_is_there_is_used(hub: SimpleNamespace, tmp_path: Path) -> None:
-    hub.is_offline = True
-    assert find_checkpoint("a/b", cache_dir=tmp_path) == tmp_path
 
 
 @pytest.mark.parametrize("name", ["../x", "a b/c", "one/two/three", "~nobody/x/y", "http://x/y"])
