@@ -1,6 +1,7 @@
 """May any thread read any tensor of a checkpoint at any time?"""
 
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -43,6 +44,7 @@ def test_a_file_is_opened_once(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     def spy(self: Path, *args: object, **kwargs: object) -> object:
         opened.append(self)
+        time.sleep(0.05)  # time for another thread to open it as well
         return real(self, *args, **kwargs)  # type: ignore[call-overload]
 
     monkeypatch.setattr(Path, "open", spy)

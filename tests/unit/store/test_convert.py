@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from safetensors import safe_open
 
 from fate_moe.errors import ModelError, StoreError
 from fate_moe.store import convert as convert_module
+from fate_moe.store import workdir
 from fate_moe.store.convert import convert
 from fate_moe.store.format import read_manifest
 from fate_moe.store.verify import verify
@@ -249,6 +251,23 @@ def test_a_full_disk_is_one_line_and_resumable(
     source.encoded.clear()
     convert(source, out)
     assert sorted(source.encoded) == ALL[3:]
+
+
+def test_a_file_is_flushed_little_by_little(
+    source: FormulaSource, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    real = os.fsync
+
+    def spy(descriptor: int) -> None:
+        sizes.append(os.fstat(descriptor).st_size)
+        real(descriptor)
+
+    monkeypatch.setattr(workdir, "_FLUSH_BYTES", 8192)
+    monkeypatch.setattr(os, "fsync", spy)
+    convert(source, out)
+    layers = [size for size in sizes if size >= 8192 and size % 4096 == 0]
+    assert {4096 + 4096, 4096 + 8192, 4096 + 3 * 4096, 4096 + 3 * 8192} <= set(layers)
 
 
 def test_a_folder_that_cannot_be_written(source: FormulaSource, tmp_path: Path) -> None:

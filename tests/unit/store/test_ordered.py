@@ -1,5 +1,8 @@
 """Does work done side by side come back in order, few pieces at a time, and stop when told to?"""
 
+import os
+import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -98,6 +101,29 @@ def test_closing_drops_what_is_not_begun_and_waits_for_the_rest() -> None:
     results.close()
     assert sorted(begun) == sorted(ended)
     assert len(begun) <= 4
+    assert workers() == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals work differently there")
+def test_an_interrupt_while_waiting_begins_nothing_more() -> None:
+    begun: list[int] = []
+    is_asked = threading.Event()
+
+    def make(item: int) -> int:
+        begun.append(item)
+        if item == 3:
+            is_asked.wait(timeout=20)
+            time.sleep(0.2)  # now the caller waits for us
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)
+        return item
+
+    results = in_order(make, range(1000), 1)
+    assert [next(results) for _ in range(3)] == [0, 1, 2]
+    is_asked.set()
+    with pytest.raises(KeyboardInterrupt):
+        next(results)
+    assert begun == [0, 1, 2, 3]
     assert workers() == []
 
 
