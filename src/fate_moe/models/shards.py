@@ -27,6 +27,7 @@ from fate_moe.store.header import Header, TensorEntry, load_json, read_header
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_JSON_BYTES = 1 << 27
+_MAX_NAME = 1024
 
 _PIECE_BYTES = 8 << 20
 _PACKED = {"U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu}
@@ -136,6 +137,8 @@ class Shards:
         header = read_header(path)
         self.digests[path.name] = _fingerprint(path, header)
         for name, entry in header.tensors.items():
+            if not 0 < len(name) <= _MAX_NAME or not name.isprintable():
+                raise FormatError(f"{path}: tensor {name[:80]!r} has a name that is no name")
             if name in self.tensors:
                 raise FormatError(f"{path}: tensor {name!r:.200} is also in another shard")
             self._located[name] = _Located(path, entry)
