@@ -7,9 +7,9 @@ checked before the first weight is read; one expert's weights at a time are in m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -21,7 +21,7 @@ from fate_moe.models import gguf
 from fate_moe.models.expert_index import ExpertIndex, ExpertLayer, experts_of, index_experts
 from fate_moe.models.gguf_config import write_config
 from fate_moe.models.gguf_names import read_names
-from fate_moe.models.gguf_tokenizer import write_tokenizer
+from fate_moe.models.gguf_tokenizer import check_tokenizer, write_tokenizer
 from fate_moe.models.load import read_skeleton
 from fate_moe.models.packed import check_method, plain_config, unpack
 from fate_moe.models.shards import Shards, file_digest, read_json
@@ -87,7 +87,7 @@ def _open_gguf(
     folder = Path(scratch.name)
     try:
         write_config(model, folder)
-        write_tokenizer(model, folder)
+        check_tokenizer(model)
         family, _ = _check_config(folder)
         skeleton = read_skeleton(folder).module
         weights = gguf.GgufWeights(model, read_names(model, skeleton))
@@ -105,6 +105,7 @@ def _open_gguf(
         scratch.cleanup()
         raise
     source.scratch = scratch
+    source.pending = partial(write_tokenizer, model, folder)
     return source
 
 
@@ -126,14 +127,15 @@ class CheckpointSource:
     Close it when done, or use it in a `with` statement.
 
     Attributes:
-        folder: where config and tokenizer lie.
         source: what the checkpoint is, in the manifest's words.
         expert_layers: where its experts lie.
         layouts: record layout per layer.
         scratch: `folder`, where it was made for this source; removed by `close`.
+        pending: what is still to be written there. A store that is there already never needs it.
     """
 
     scratch: TemporaryDirectory[str] | None = None
+    pending: Callable[[], None] | None = None
 
     def __init__(
         self,
@@ -146,7 +148,7 @@ class CheckpointSource:
         bits: int,
         fitted: bool,
     ) -> None:
-        self.folder = folder
+        self._folder = folder
         self.source = source
         self.expert_layers = index.layers
         self._resident_keys = index.resident_keys
@@ -161,6 +163,18 @@ class CheckpointSource:
             record_layout(layer, group, bits, dtype, self._own_groups(layer))
             for layer in index.layers
         )
+
+    @property
+    def folder(self) -> Path:
+        """Where config and tokenizer lie.
+
+        Raises:
+            ModelError: the tokenizer cannot be made.
+        """
+        if self.pending is not None:
+            self.pending()
+            self.pending = None
+        return self._folder
 
     @cached_property
     def dtype(self) -> str:
@@ -188,17 +202,15 @@ class CheckpointSource:
     def _fates(self) -> dict[str, str]:
         """What became of each packing of the experts: kept, requantized, or dequantized."""
         packings = self._weights.packings
-        found: dict[str, set[str]] = {}
+        found: dict[str, str] = {}
         for layer in self.expert_layers:
             for (name, _), parts in layer.parts.items():
                 is_kept = self._own_grid(layer, name) == "codes"
                 fate = "kept" if is_kept else "requantized"
                 for part in parts:
-                    if part.key in packings:
-                        found.setdefault(packings[part.key], set()).add(fate)
-        if self._bits >= 16:
-            return dict.fromkeys(sorted(found), "dequantized")
-        return {kind: max(found[kind]) for kind in sorted(found)}
+                    if part.key in packings and len(layer.params[name]) == 3:
+                        found[packings[part.key]] = "dequantized" if self._bits >= 16 else fate
+        return dict(sorted(found.items()))
 
     @cached_property
     def layers(self) -> tuple[SourceLayer, ...]:
@@ -261,7 +273,7 @@ class CheckpointSource:
 
     def small_file(self, name: str) -> bytes:
         """Read one of `small_files`; a config without what no longer holds of the weights."""
-        data = (self.folder / name).read_bytes()
+        data = (self._folder / name).read_bytes()
         return plain_config(data) if name == "config.json" else data
 
     def close(self) -> None:

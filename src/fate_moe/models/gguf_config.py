@@ -59,7 +59,7 @@ class Gguf:
         return self.header.metadata.get(f"{self.architecture}.{key}")
 
     def count(self, key: str, default: int | None = None) -> int:
-        """Return a count from the metadata.
+        """Return a count from the metadata; at least 1, or 0 if that is the default.
 
         Raises:
             ModelError: it is missing and has no default.
@@ -70,7 +70,8 @@ class Gguf:
             return default
         if isinstance(value, tuple) and len(set(value)) == 1:
             value = value[0]  # one per layer, all alike
-        if type(value) is not int or not 0 <= value < 1 << 31:
+        least = 0 if default == 0 else 1
+        if type(value) is not int or not least <= value < 1 << 31:
             raise self._wrong(key, value, "a count")
         return value
 
@@ -126,7 +127,18 @@ def write_config(gguf: Gguf, folder: Path) -> None:
             "not a Mixture-of-Experts model"
         )
     config = {**_common(gguf), **known(gguf)}
+    _check_counts(gguf, config)
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+def _check_counts(gguf: Gguf, config: Entries) -> None:
+    """Hold the numbers of layers and experts against the tensors: a model is built of them."""
+    layers, experts = config["num_hidden_layers"], gguf.count("expert_count")
+    if f"blk.{int(str(layers)) - 1}.attn_norm.weight" not in gguf.tensors:
+        raise ModelError(f"{gguf.path}: the config has {layers} layers, the last has no tensors")
+    have = gguf.any_shape("ffn_down_exps.weight")[0]
+    if have != experts:
+        raise ModelError(f"{gguf.path}: expert_count is {experts}, the tensors have {have}")
 
 
 def _shortest(value: float) -> float:
@@ -165,7 +177,8 @@ def _dtype(gguf: Gguf) -> str:
 def _special_tokens(gguf: Gguf) -> Entries:
     def token(name: str) -> int | None:
         value = gguf.header.metadata.get(f"tokenizer.ggml.{name}_token_id")
-        return value if type(value) is int else None
+        rows = gguf.shape(EMBEDDING)[0]
+        return value if type(value) is int and 0 <= value < rows else None
 
     # A chat model ends its turn with "eot", a text with "eos"; llama.cpp stops at either.
     ends = [token(name) for name in ("eos", "eot")]
@@ -290,8 +303,8 @@ def _gpt_oss(gguf: Gguf) -> Entries:
 def _deepseek(gguf: Gguf) -> Entries:
     rope_dim = gguf.count("rope.dimension_count")
     # Files since 2025 count the compressed heads in key_length, and the model's own in *_mla.
-    key = gguf.count("attention.key_length_mla", gguf.count("attention.key_length", 0))
-    value = gguf.count("attention.value_length_mla", gguf.count("attention.value_length", 0))
+    key = gguf.count("attention.key_length_mla", gguf.count("attention.key_length"))
+    value = gguf.count("attention.value_length_mla", gguf.count("attention.value_length"))
     if not rope_dim < key:
         raise FormatError(f"{gguf.path}: attention.key_length is {key}, rope takes {rope_dim}")
     groups = gguf.count("expert_group_count", 1)

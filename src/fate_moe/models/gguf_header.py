@@ -144,6 +144,19 @@ class _Stream:
         except UnicodeDecodeError as error:
             raise FormatError(f"{self.path}: {what} is no UTF-8 text") from error
 
+    def skip_texts(self, count: int, what: str) -> None:
+        """Walk over strings: those of a vocabulary are too many to go through `text`."""
+        read, update, left = self._file.read, self.hash.update, self.left
+        for _ in range(count):
+            size = read(8)
+            left -= 8 + int.from_bytes(size, "little")
+            if left < 0:
+                raise FormatError(
+                    f"{self.path}: {what} does not fit the header; is the download complete?"
+                )
+            update(size + read(int.from_bytes(size, "little")))
+        self.position += self.left - left
+
     def name(self, what: str) -> str:
         """Read a key or a tensor's name."""
         text = self.text(MAX_NAME_BYTES, what)
@@ -204,8 +217,7 @@ def _value(stream: _Stream, key: str) -> Value | _Length:
     kind = stream.number("<I", what)
     if kind == _STRING:
         count = stream.count(MAX_HEADER_BYTES, 8, f"length of {key!r}")
-        for _ in range(count):
-            stream.text(MAX_HEADER_BYTES, what)
+        stream.skip_texts(count, what)
         return _Length(count)
     if kind not in _SCALARS:
         raise FormatError(f"{stream.path}: {key!r} is an array of type {kind}, which is unknown")

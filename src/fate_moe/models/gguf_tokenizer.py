@@ -32,7 +32,7 @@ _DEEPSEEK_V3 = (
 
 
 def write_tokenizer(gguf: Gguf, folder: Path) -> None:
-    """Write the tokenizer of a GGUF into `folder`.
+    """Write the tokenizer of a GGUF into `folder`; takes a second or two.
 
     Raises:
         ModelError: the file has none that can be built, and none lies beside it.
@@ -41,27 +41,36 @@ def write_tokenizer(gguf: Gguf, folder: Path) -> None:
     try:
         _build(gguf, folder)
     except ModelError as error:
-        beside = [gguf.path.with_name(name) for name in _BESIDE]
-        if not beside[0].is_file():
-            raise ModelError(
-                f"{error}; put the model's tokenizer.json and tokenizer_config.json beside it"
-            ) from error
-        for path in beside:
+        _check_beside(gguf, error)
+        for name in _BESIDE:
+            path = gguf.path.with_name(name)
             if path.is_file():
                 _copy(path, folder)
+
+
+def check_tokenizer(gguf: Gguf) -> None:
+    """Find out what can be known without building it.
+
+    Raises:
+        ModelError, FormatError: as `write_tokenizer`.
+    """
+    try:
+        _cut(gguf)
+    except ModelError as error:
+        _check_beside(gguf, error)
+
+
+def _check_beside(gguf: Gguf, error: ModelError) -> None:
+    if not gguf.path.with_name(_BESIDE[0]).is_file():
+        raise ModelError(
+            f"{error}; put the model's tokenizer.json and tokenizer_config.json beside it"
+        ) from error
 
 
 def _build(gguf: Gguf, folder: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
-    metadata, lengths = gguf.header.metadata, gguf.header.lengths
-    kind = metadata.get("tokenizer.ggml.model")
-    tokens, rows = lengths.get("tokenizer.ggml.tokens", 0), gguf.shape(EMBEDDING)[0]
-    if kind is None or not tokens:
-        raise ModelError(f"{gguf.path}: holds no tokenizer")
-    if tokens > rows:
-        raise FormatError(f"{gguf.path}: {tokens} tokens, {EMBEDDING} has {rows} rows")
-    cut = _cut(gguf, metadata.get("tokenizer.ggml.pre")) if kind == "gpt2" else None
+    cut = _cut(gguf)
     try:
         with quiet_transformers():
             tokenizer = PreTrainedTokenizerFast.from_pretrained(
@@ -75,12 +84,19 @@ def _build(gguf: Gguf, folder: Path) -> None:
         raise ModelError(f"{gguf.path}: transformers refuses its tokenizer: {why}") from error
 
 
-def _cut(gguf: Gguf, name: object) -> Any:
+def _cut(gguf: Gguf) -> Any:
     """Return how words are cut where transformers would do it wrong, None where it is right."""
     from tokenizers import Regex
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
 
-    if name in _AS_GPT2 or name in _known_to_transformers():
+    metadata, lengths = gguf.header.metadata, gguf.header.lengths
+    tokens, rows = lengths.get("tokenizer.ggml.tokens", 0), gguf.shape(EMBEDDING)[0]
+    kind, name = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
+    if kind is None or not tokens:
+        raise ModelError(f"{gguf.path}: holds no tokenizer")
+    if tokens > rows:
+        raise FormatError(f"{gguf.path}: {tokens} tokens, {EMBEDDING} has {rows} rows")
+    if kind != "gpt2" or name in _AS_GPT2 or name in _known_to_transformers():
         return None
     if name in _DIGITS_APART:
         return Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])

@@ -40,8 +40,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "granitemoeshared": {"num_local_experts": 4, "shared_intermediate_size": 32,
                          "attention_multiplier": 0.25},
     "gpt_oss": {"num_local_experts": 4, "head_dim": 32, "sliding_window": 8,
-                "rope_parameters": {**YARN, "beta_fast": 32.0, "beta_slow": 1.0,
-                                    "truncate": False}},
+                "rope_parameters": {**YARN, "truncate": False}},
     "deepseek_v2": {**MLA, "q_lora_rank": None},
     "deepseek_v3": {**MLA, "q_lora_rank": 32, "n_group": 2, "topk_group": 1,
                     "norm_topk_prob": True,
@@ -144,6 +143,7 @@ def add_metadata(writer: Any, family: str, config: Any, *, split_kv: bool = Fals
     writer.add_expert_count(experts or config.n_routed_experts)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
+    writer.add_pad_token_id(0)
     rope: Mapping[str, Any] = config.rope_parameters
     writer.add_rope_freq_base(rope["rope_theta"])
     if rope["rope_type"] == "yarn":

@@ -9,12 +9,14 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
 from torch import Tensor
+from transformers import AutoConfig
 
 from fate_moe.engine.prepare import convert_model
 from fate_moe.errors import FateError, FormatError, ModelError
 from fate_moe.models.checkpoint import CheckpointSource, open_checkpoint
 from fate_moe.models.load import load_tokenizer, own_memory
 from fate_moe.quant.codec import decode
+from fate_moe.store.convert import is_made_from
 from fate_moe.store.format import read_manifest
 from fate_moe.store.verify import verify
 from fate_moe.types import ExpertKey
@@ -278,13 +280,25 @@ def test_a_tokenizer_that_cannot_be_built_is_taken_from_beside(
 ) -> None:
     model, path = make_model("qwen2_moe"), tmp_path / "m.gguf"
     write_gguf(path, "qwen2_moe", model, only(Type.Q8_0), tokenizer=tokenizer, extra=extra)
-    with pytest.raises(ModelError, match=f"{says}.*; put the model's tokenizer.json"):
-        open_checkpoint(path)
+    with pytest.raises(ModelError, match=f"{says}.*; put the model's tokenizer.json"):  # noqa: SIM117
+        with open_checkpoint(path) as source:
+            assert source.folder
     make_tokenizer().save_pretrained(tmp_path)
     with open_checkpoint(path) as source:
         assert (
             load_tokenizer(source.folder)("Hi")["input_ids"] == make_tokenizer()("Hi")["input_ids"]
         )
+
+
+def test_a_store_that_is_there_needs_no_tokenizer(tmp_path: Path) -> None:
+    model, path = make_model("qwen2_moe"), tmp_path / "m.gguf"
+    write_gguf(path, "qwen2_moe", model, only(Type.Q8_0))
+    store = convert(path)
+    with open_checkpoint(path) as source:
+        assert is_made_from(read_manifest(store), source)
+        assert source.pending is not None
+        assert (source.folder / "tokenizer.json").is_file()
+        assert source.pending is None
 
 
 def test_more_tokens_than_rows_are_refused(tmp_path: Path) -> None:
@@ -300,7 +314,7 @@ def test_more_tokens_than_rows_are_refused(tmp_path: Path) -> None:
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"drop": "ffn_up_exps.weight"}, "tensor blk.0.ffn_up_exps.weight is missing"),
-    ({"drop": "blk.1.attn_norm.weight"}, "tensor blk.1.attn_norm.weight is missing"),
+    ({"drop": "blk.1.ffn_norm.weight"}, "tensor blk.1.ffn_norm.weight is missing"),
     ({"drop": "token_embd.weight"}, "tensor token_embd.weight is missing"),
     ({"extra": lambda w: w.add_tensor("rope_freqs.weight", np.ones(8, np.float32))},
      "rope_freqs.weight belongs to no parameter"),
@@ -382,3 +396,39 @@ def test_packed_matches_gguf_itself() -> None:
     """The helper's own check: a type that gguf writes is written by gguf."""
     data = packed(torch.randn(4, 64), Type.Q4_0)
     assert data.shape == (4, 36)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_config_is_the_models_own(family: str, tmp_path: Path) -> None:
+    model, path = make_model(family), tmp_path / "m.gguf"
+    write_gguf(path, family, model, only(Type.F16))
+    with open_checkpoint(path) as source:
+        found = AutoConfig.from_pretrained(source.folder).to_dict()
+    wanted = model.config.to_dict()
+    silent = {"dtype", "transformers_version", "architectures", "_name_or_path"}
+    assert found["dtype"] == "float16"
+    differ = {key for key in wanted if found.get(key) != wanted[key]} - silent
+    unsaid = {"mixtral": {"head_dim"}, "deepseek_v2": {"n_group", "topk_group"}}  # None, unused
+    assert differ <= unsaid.get(family, set())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("block_count", 65536, "the config has 65536 layers, the last has no tensors"),
+        ("block_count", 0, "qwen3moe.block_count is 0, must be a count"),
+        ("expert_count", 9, "expert_count is 9, the tensors have 4"),
+        ("embedding_length", 1 << 31, "embedding_length is 2147483648, must be a count"),
+    ],
+)
+def test_counts_are_held_against_the_tensors(
+    key: str, value: int, says: str, tmp_path: Path
+) -> None:
+    path, name = tmp_path / "m.gguf", f"qwen3moe.{key}".encode()
+    write_gguf(path, "qwen3_moe", make_model("qwen3_moe"), only(Type.F16))
+    data = bytearray(path.read_bytes())
+    at = data.index(name) + len(name) + 4
+    data[at : at + 4] = value.to_bytes(4, "little")
+    path.write_bytes(data)
+    with pytest.raises(FateError, match=says):
+        open_checkpoint(path)
