@@ -19,9 +19,15 @@ class MoELayer:
     """The routed experts of one layer, as the model calls them."""
 
     def __init__(
-        self, layer: int, predictor: Predictor, mover: Mover, experts: EagerExperts
+        self,
+        layer: int,
+        num_experts: int,
+        predictor: Predictor,
+        mover: Mover,
+        experts: EagerExperts,
     ) -> None:
         self.layer = layer
+        self._num_experts = num_experts
         self._predictor = predictor
         self._mover = mover
         self._experts = experts
@@ -37,13 +43,21 @@ class MoELayer:
         A step of one token is booked as decode, any other as prefill.
         """
         phase = Phase.PREFILL if x.shape[0] > 1 else Phase.DECODE
-        with self._mover.lease(self.layer, distinct(topk_ids), phase) as arriving:
+        with self._mover.lease(self.layer, self._needed(topk_ids), phase) as arriving:
             self._mover.speculate(self._guess)  # after the demand: a guess only gets idle link time
             return self._experts(x, topk_ids, topk_weights, arriving)
 
+    def _needed(self, topk_ids: Tensor) -> list[int]:
+        needed = distinct(topk_ids, self._num_experts)
+        self._predictor.learn(self.layer, needed)
+        return needed
 
-def distinct(topk_ids: Tensor) -> list[int]:
-    """Return the distinct experts of [T, K] ids, most tokens first, then ascending id."""
+
+def distinct(topk_ids: Tensor, num_experts: int) -> list[int]:
+    """Return the distinct experts of [T, K] ids, most tokens first, then ascending id.
+
+    An id from E on means no expert, as in transformers.
+    """
     experts, tokens = torch.unique(topk_ids, return_counts=True)
     ranked: list[int] = experts[tokens.argsort(descending=True, stable=True)].tolist()
-    return ranked
+    return [expert for expert in ranked if expert < num_experts]

@@ -50,7 +50,7 @@ Policy = Annotated[
 ]
 PredictorName = Annotated[
     str | None,
-    typer.Option("--predictor", rich_help_panel=STAGES, help="cross_layer or none."),
+    typer.Option("--predictor", rich_help_panel=STAGES, help="cross_layer, history, or none."),
 ]
 CacheName = Annotated[
     str | None, typer.Option("--cache", rich_help_panel=STAGES, help="arc or lru.")

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import ParamSpec, TypeVar
@@ -125,6 +125,20 @@ def show_rows(rows: list[tuple[str, str]], console: Console) -> None:
     for name, text in rows:
         table.add_row(name, text)
     console.print(table)
+
+
+def show_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Write rows under a head to stdout: drawn on a terminal, tab-separated elsewhere."""
+    if not stdout.is_terminal:
+        for row in (head, *rows):
+            say("\t".join(row) + "\n")
+        return
+    table = Table(box=None, header_style="bold cyan", padding=(0, 2, 0, 0))
+    for name in head:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    stdout.print(table)
 
 
 class TerminalProgress:

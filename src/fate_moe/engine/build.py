@@ -60,7 +60,9 @@ def build(
     model, sites = load_residents(store, blueprint.skeleton, blueprint.dtype)
     progress("loading the model", 1, 1)
     _check_sites(blueprint, sites)
-    predictor = make_predictor(config.predict, [site.askable for site in sites])
+    predictor = make_predictor(
+        config.predict, [site.askable for site in sites], [site.num_experts for site in sites]
+    )
     regions, spare = blueprint.share_out(predictor.width)
     reader = reader or _open_reader(blueprint)
     arena = Arena(blueprint.memory.slots, blueprint.memory.demands.slot_bytes)
@@ -82,7 +84,7 @@ def build(
     engine = Engine(blueprint, model, mover, reader, blind, earlier_peak)
     model.fate = engine
     # Whoever calls `model.generate` gets the plan's bounds too.
-    if chunks_continue():
+    if chunks_continue(model):
         model.generation_config.prefill_chunk_size = PREFILL_CHUNK_TOKENS
     model.register_forward_pre_hook(_context_guard(blueprint.context_tokens), with_kwargs=True)
     # A model that is dropped without `close` gives its threads, files and slots back too.
@@ -135,7 +137,7 @@ def _attach(
             partial(decode_int2, layout),
             low_experts,
         )
-        layer = MoELayer(index, predictor, mover, experts)
+        layer = MoELayer(index, site.num_experts, predictor, mover, experts)
         site.attach(layer.forward, layer.before_router)
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fate_moe.engine.demands import PREFILL_CHUNK_TOKENS
 from fate_moe.engine.handle import Engine
-from fate_moe.errors import ConfigError
-from fate_moe.models.load import quiet_transformers
+from fate_moe.errors import ConfigError, ModelError
+from fate_moe.models.load import new_cache, quiet_transformers
 
 OnText = Callable[[str], None]
 Message = dict[str, str]
@@ -70,9 +70,16 @@ class Answer:
 
 
 class Conversation:
-    """Asks one engine, turn after turn; owns the key/value cache."""
+    """Asks one engine, turn after turn; owns the key/value cache.
+
+    Raises:
+        ModelError: the model does not generate text.
+    """
 
     def __init__(self, engine: Engine, tokenizer: Any) -> None:
+        if not engine.model.can_generate():
+            family = engine.model.config.model_type
+            raise ModelError(f"{family}: its models score text and generate none")
         self.engine = engine
         self._tokenizer = tokenizer
         self._seen: list[int] = []  # tokens that the key/value cache holds
@@ -109,7 +116,7 @@ class Conversation:
         except BaseException:
             self.forget()  # the cache may hold half a step
             raise
-        self._seen = out[: self._kv.get_seq_length()]
+        self._seen = [] if self._kv is None else out[: self._kv.get_seq_length()]
         return clock.answer(out[len(ids) :], len(ids), len(ids) - reused)
 
     def forget(self) -> None:
@@ -143,9 +150,7 @@ class Conversation:
             except (AttributeError, NotImplementedError, RuntimeError, ValueError):
                 same = 0  # sliding-window caches cannot go back
         if self._kv is None or not same:
-            from transformers import DynamicCache
-
-            self._kv, same = DynamicCache(config=self.engine.model.config), 0
+            self._kv, same = new_cache(self.engine.model), 0
         return same
 
     @torch.no_grad()
@@ -153,9 +158,9 @@ class Conversation:
         """Read all of a long prompt but its last chunk, piece by piece: activations stay small.
 
         Not left to transformers' `prefill_chunk_size`: before 5.23 it starts over from the first
-        token even when the cache holds some.
+        token even when the cache holds some. Without a cache of ours it has to go in one piece.
         """
-        while len(new_ids) > PREFILL_CHUNK_TOKENS:
+        while self._kv is not None and len(new_ids) > PREFILL_CHUNK_TOKENS:
             piece = torch.tensor([new_ids[:PREFILL_CHUNK_TOKENS]])
             self.engine.model(input_ids=piece, past_key_values=self._kv, logits_to_keep=1)
             new_ids = new_ids[PREFILL_CHUNK_TOKENS:]

@@ -58,8 +58,8 @@ class Engine:
             )
         if self.blind_layers and config.predict.predictor == "cross_layer":
             parts.append(
-                f"no guesses for {self.blind_layers} layers whose router needs more than its gate "
-                "input"
+                f"{self.blind_layers} layers guessed from history: their router needs more than a "
+                "gate input"
             )
         return "; ".join(parts)
 

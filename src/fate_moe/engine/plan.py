@@ -78,7 +78,7 @@ def draw(store: Path, config: Config) -> Blueprint:
         BudgetError: the limits are below the floor.
     """
     # Names first: a typing error should not cost the time it takes to load a model.
-    make_predictor(config.predict, [])
+    make_predictor(config.predict, [], [])
     make_cache(config.cache.cache, 1)
     make_low_experts(config.compute.int2, config.compute.int2_share)
     allocate(config.cache.allocation, [], 0, 0)

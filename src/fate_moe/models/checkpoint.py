@@ -309,7 +309,7 @@ class CheckpointSource:
         tensors = []
         for part in layer.parts[name, expert]:
             tensor = self._weights.load(part.key, expert if part.is_fused else None)
-            tensors.append(tensor.mT if part.is_flipped else tensor)
+            tensors.append(part.arranged(tensor))
         joined = tensors[0] if len(tensors) == 1 else torch.cat(tensors, 0)
         return joined.mT if layer.transposed and joined.dim() == 2 else joined
 

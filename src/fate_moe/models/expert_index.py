@@ -14,17 +14,25 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fate_moe.errors import ModelError
 from fate_moe.models.seam import find_experts
 from fate_moe.models.weights import FLOATS, Weights
 
 _EXPERT_IN_KEY = re.compile(r"experts\.(\d+)\.")
-_KNOWN_OPERATIONS = {"MergeModulelist", "Concatenate", "Transpose"}
+_SPLIT_BY_EXPERT = "ErnieFuseAndSplitTextVisionExperts"
+_KNOWN_OPERATIONS = {
+    "MergeModulelist",
+    "Concatenate",
+    "Transpose",
+    "Interleave",
+    _SPLIT_BY_EXPERT,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +43,21 @@ class Part:
         key: tensor name in the checkpoint.
         is_fused: the tensor holds all experts along its first dimension.
         is_flipped: its last two dimensions are swapped with respect to the model's parameter.
+        is_interleaved: the rows of the parameter's two halves alternate.
     """
 
     key: str
     is_fused: bool
     is_flipped: bool
+    is_interleaved: bool = False
+
+    def arranged(self, tensor: Tensor) -> Tensor:
+        """Bring one expert's tensor, as it was read, into the model's order."""
+        if self.is_flipped:
+            tensor = tensor.mT
+        if self.is_interleaved:
+            tensor = torch.cat((tensor[0::2], tensor[1::2]))
+        return tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +77,9 @@ class ExpertLayer:
     transposed: bool
     params: Mapping[str, tuple[int, ...]]
     parts: Mapping[tuple[str, int], tuple[Part, ...]]
+
+
+_Place = tuple[str, str, int | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,16 +104,15 @@ def index_experts(skeleton: nn.Module, family: str, weights: Weights) -> ExpertI
     params = {path: _params(path, module) for path, module in modules.items()}
     found: dict[tuple[str, str], list[_Found]] = {}
     resident: list[str] = []
-    names = _Names(skeleton)
+    names = _Names(skeleton, family)
     # The library's order: some renamings look at what came before.
     for key in sorted(weights.tensors, key=_natural):
-        target, order, count, flip = names.target(key)
-        path, _, name = target.rpartition(".")
+        found_key = names.target(key)
+        path, name, expert = _place(found_key, params)
         if name in params.get(path, ()):
-            match = _EXPERT_IN_KEY.search(key)
-            expert = int(match.group(1)) if match else None
-            found.setdefault((path, name), []).append(_Found(key, expert, order, count, flip))
-        elif not names.is_ignored(target):
+            item = replace(found_key, expert=expert)
+            found.setdefault((path, name), []).append(item)
+        elif not names.is_ignored(found_key.targets[0]):
             resident.append(key)
     layers = []
     for path, module in modules.items():
@@ -120,8 +140,8 @@ def experts_of(skeleton: nn.Module, family: str) -> dict[str, nn.Module]:
     names = (path.rpartition(".")[2] for path, _ in skeleton.named_modules())
     if any("expert" in name or "moe" in name for name in names):
         raise ModelError(
-            f"{family} is an MoE, but not one that uses transformers' experts interface: "
-            "not supported"
+            f"{family} is an MoE outside of transformers' experts interface: not supported; "
+            "`fate models` lists what is"
         )
     raise ModelError(f"{family} is not a Mixture-of-Experts model: it has no routed experts")
 
@@ -131,16 +151,31 @@ class _Found:
     """A checkpoint tensor of one expert parameter: its place `order` among `count` joined ones."""
 
     key: str
-    expert: int | None  # None: fused, all experts
-    order: int
-    count: int
-    flip: str | None  # None, "always", or "by shape"
+    targets: tuple[str, ...]  # several: the experts of all of them are numbered through
+    order: int = 0
+    count: int = 1
+    flip: str | None = None  # None, "always", or "by shape"
+    interleaved: bool = False
+    expert: int | None = None  # None: fused, all experts
+
+
+def _place(found: _Found, params: Mapping[str, Mapping[str, tuple[int, ...]]]) -> _Place:
+    """Return module path, parameter name and expert of a checkpoint tensor."""
+    match = _EXPERT_IN_KEY.search(found.key)
+    expert = int(match.group(1)) if match else None
+    path, _, name = found.targets[0].rpartition(".")
+    if len(found.targets) > 1 and expert is not None and name in params.get(path, ()):
+        which, expert = divmod(expert, params[path][name][0])
+        if which >= len(found.targets):
+            raise ModelError(f"{found.key}: the config has fewer experts")
+        path = found.targets[which].rpartition(".")[0]
+    return path, name, expert
 
 
 class _Names:
     """Maps checkpoint keys to parameter names."""
 
-    def __init__(self, skeleton: Any) -> None:
+    def __init__(self, skeleton: Any, family: str) -> None:
         # Heavy, and only conversion needs it.
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import (
@@ -157,13 +192,17 @@ class _Names:
         self._meta = skeleton.state_dict()
         patterns = getattr(skeleton, "_keys_to_ignore_on_load_unexpected", None) or ()
         self._ignored = [re.compile(pattern) for pattern in patterns]
+        # The text part of a multimodal model: nothing of the towers is loaded.
+        self._is_part = skeleton.config.model_type != family
 
     def is_ignored(self, target: str) -> bool:
         """Whether the model never loads this key, such as the layers of an MTP head."""
-        return target not in self._meta and any(p.search(target) for p in self._ignored)
+        if target in self._meta:
+            return False
+        return self._is_part or any(p.search(target) for p in self._ignored)
 
-    def target(self, key: str) -> tuple[str, int, int, str | None]:
-        """Return parameter name, place among the joined tensors, their number, and the flip.
+    def target(self, key: str) -> _Found:
+        """Say which parameter, or which part of one, a tensor is.
 
         Raises:
             ModelError: the mapping transforms the tensor in a way we do not know.
@@ -172,20 +211,26 @@ class _Names:
             key, self._renamings, self._converters, self._prefix, self._meta
         )
         if pattern is None:
-            return target, 0, 1, None
+            return _Found(key, (target,))
         converter = next(c for c in self._converters if pattern in c.source_patterns)
+        kinds = {type(operation).__name__: operation for operation in converter.operations}
+        unknown = sorted(kinds.keys() - _KNOWN_OPERATIONS)
+        if unknown and "experts" in target:
+            raise ModelError(f"{key}: transformers converts it by {unknown[0]}: not supported yet")
         flip = None
-        for operation in converter.operations:
-            kind = type(operation).__name__
-            if "experts" in target and kind not in _KNOWN_OPERATIONS:
-                raise ModelError(f"{key}: transformers converts it by {kind}: not supported yet")
-            if kind == "Transpose":
-                flip = "by shape" if operation.check_dims else "always"
-        return (
-            target,
+        if "Transpose" in kinds:
+            flip = "by shape" if kinds["Transpose"].check_dims else "always"
+        targets = (target,)
+        if _SPLIT_BY_EXPERT in kinds:
+            first, *others = converter.target_patterns
+            targets += tuple(target.replace(first, other) for other in others)
+        return _Found(
+            key,
+            targets,
             converter.source_patterns.index(pattern),
             len(converter.source_patterns),
             flip,
+            "Interleave" in kinds,
         )
 
 
@@ -229,7 +274,7 @@ def _check_parts(
         if len(shape) != len(param) - 1 or shape[1:] != param[2:]:
             raise ModelError(f"{item.key}: shape {shape} does not fit {where} {param[1:]}")
         rows += shape[0]
-        parts.append(Part(item.key, item.expert is None, flip))
+        parts.append(Part(item.key, item.expert is None, flip, item.interleaved))
     if rows != param[1]:
         raise ModelError(f"{where}: {rows} rows in the checkpoint, the model has {param[1]}")
     return tuple(parts)

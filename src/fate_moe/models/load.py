@@ -18,8 +18,15 @@ import torch
 from torch import nn
 
 from fate_moe.errors import ModelError
+from fate_moe.models.families import REFUSED
 from fate_moe.models.seam import MoESite, experts_left_out, find_sites
 
+_AUTO_CLASSES = (
+    "AutoModelForCausalLM",
+    "AutoModelForImageTextToText",
+    "AutoModelForMultimodalLM",
+    "AutoModelForTokenClassification",
+)
 _MAX_CONFIG_BYTES = 1 << 24
 _SMALL_BYTES = 1 << 20
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -95,7 +102,7 @@ def read_skeleton(folder: Path) -> Skeleton:
         ModelError: no readable config, or a family that transformers does not know.
     """
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     # A config is untrusted input: whatever transformers trips over is the config's fault.
     refusals = (
@@ -106,12 +113,30 @@ def read_skeleton(folder: Path) -> Skeleton:
         _check_family(folder)
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
-            module = AutoModelForCausalLM.from_config(config)
+            module = _auto_class(config).from_config(config)
     except refusals as error:
         why = " ".join(str(error).split())[:200]
         raise ModelError(f"{folder}: transformers refuses config.json: {why}") from error
     dtype = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
     return Skeleton(config, module, dtype if isinstance(dtype, torch.dtype) else torch.float32)
+
+
+def _auto_class(config: Any) -> Any:
+    """Return the first of transformers' auto classes that has a model for this config.
+
+    The text part alone comes first: of a multimodal model that has one, towers for images and
+    sound are then neither built nor read.
+
+    Raises:
+        ValueError: none has.
+    """
+    import transformers
+
+    for name in _AUTO_CLASSES:
+        auto = getattr(transformers, name, None)
+        if auto is not None and type(config) in auto._model_mapping:
+            return auto
+    raise ValueError(f"no language model is made of a {type(config).__name__}")
 
 
 def _check_family(folder: Path) -> None:
@@ -124,6 +149,8 @@ def _check_family(folder: Path) -> None:
     family = fields.get("model_type") if isinstance(fields, dict) else None
     if not isinstance(family, str) or family not in CONFIG_MAPPING:
         raise ModelError(f"{folder}: model_type {family!r:.80} is unknown to transformers")
+    if family in REFUSED:
+        raise ModelError(f"{family}: {REFUSED[family]}: not supported; `fate models` lists what is")
 
 
 def choose_dtype(name: str, saved: torch.dtype) -> torch.dtype:
@@ -150,11 +177,10 @@ def load_residents(
     Raises:
         ModelError: a tensor is missing, unexpected or of the wrong shape.
     """
-    from transformers import AutoModelForCausalLM
-
+    auto = _auto_class(skeleton.config)
     with quiet_transformers(), experts_left_out(skeleton.module):
         try:
-            model, info = AutoModelForCausalLM.from_pretrained(
+            model, info = auto.from_pretrained(
                 folder, dtype=dtype, output_loading_info=True, local_files_only=True,
                 trust_remote_code=False, use_safetensors=True,
             )  # fmt: skip
@@ -188,7 +214,7 @@ def own_memory(model: nn.Module, *, whole: bool) -> None:
                 tensor.data = tensor.data.clone()
 
 
-def chunks_continue() -> bool:
+def chunks_continue(model: Any) -> bool:
     """Say whether transformers' chunked prefill goes on from a cache that holds tokens already.
 
     5.14 starts over and reads them twice; 5.23 is known to go on.
@@ -196,7 +222,21 @@ def chunks_continue() -> bool:
     from transformers import __version__
 
     major, minor = (int(part) for part in __version__.split(".")[:2])
-    return (major, minor) >= (5, 23)
+    return (major, minor) >= (5, 23) and _takes_dynamic_cache(model)
+
+
+def new_cache(model: Any) -> Any | None:
+    """Make an empty key/value cache; None where the family makes one of its own kind."""
+    from transformers import DynamicCache
+
+    if not _takes_dynamic_cache(model):
+        return None
+    return DynamicCache(config=model.config.get_text_config(decoder=True))
+
+
+def _takes_dynamic_cache(model: Any) -> bool:
+    # Not public, but it is what `generate` itself goes by.
+    return bool(model.can_generate() and model._supports_default_dynamic_cache())
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -35,8 +36,18 @@ def is_experts(module: nn.Module) -> bool:
 
 
 def find_experts(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the experts modules of a model by path, in model order."""
-    return {path: module for path, module in model.named_modules() if is_experts(module)}
+    """Return the experts modules of a model by path, in model order.
+
+    A model with experts of several kinds in each layer (for text and for images) has all of the
+    first kind first: what follows a module is what runs after it.
+    """
+    found = {path: module for path, module in model.named_modules() if is_experts(module)}
+    kinds = list(dict.fromkeys(_kind(path) for path in found))
+    return dict(sorted(found.items(), key=lambda item: kinds.index(_kind(item[0]))))
+
+
+def _kind(path: str) -> str:
+    return ".".join(part for part in path.split(".") if not part.isdecimal())
 
 
 @contextmanager
@@ -68,6 +79,8 @@ def _without_parameters(original: type[nn.Module]) -> type[nn.Module]:
                 super().__init__(config, *args, **kwargs)
             for name in list(self._parameters):
                 del self._parameters[name]
+                # Some families' initialisation names the weights: an empty tensor stands in.
+                setattr(self, name, _nothing())
             # transformers would otherwise initialise the missing weights.
             self._is_hf_initialized = True
             self.attached: Forward | None = None
@@ -77,19 +90,37 @@ def _without_parameters(original: type[nn.Module]) -> type[nn.Module]:
                 raise ModelError("the experts of this model are not attached to an engine")
             return self.attached(hidden_states, top_k_index, top_k_weights)
 
+    def _nothing() -> Tensor:
+        empty = torch.empty(0)
+        empty._is_hf_initialized = True  # type: ignore[attr-defined]
+        return empty
+
     OffloadedExperts.__name__ = OffloadedExperts.__qualname__ = f"Offloaded{original.__name__}"
     return OffloadedExperts
 
 
 @dataclass(frozen=True, slots=True)
 class AskableRouter:
-    """A layer's own router, called without its hooks. See `predict.Router`."""
+    """A layer's own router, called without its hooks. See `predict.Router`.
+
+    Attributes:
+        module: the router.
+        num_experts: E; a router may name an id from E on, which means no expert.
+        constants: what its block hands it beside the gate input, such as a correction bias.
+        batched: it takes [B, T, D].
+    """
 
     module: nn.Module
     num_experts: int
+    constants: tuple[Tensor, ...] = ()
+    batched: bool = False
 
     def __call__(self, gate_input: Tensor) -> tuple[Tensor, Tensor]:
-        scores, _, topk_ids = self.module.forward(gate_input)
+        gate_input = gate_input[None] if self.batched else gate_input
+        scores, _, topk_ids, *_ = self.module.forward(gate_input, *self.constants)
+        if scores.shape[1] > self.num_experts:
+            scores = scores[:, : self.num_experts]
+            topk_ids = scores.topk(topk_ids.shape[1]).indices
         return scores, topk_ids
 
 
@@ -101,27 +132,33 @@ class MoESite:
         path: module path of the experts.
         experts: the module, an `OffloadedExperts`.
         router: the router module that feeds it, None when the family hides it.
+        num_experts: E.
         askable: the same router as a predictor may use it, None when it needs more than x.
     """
 
     path: str
     experts: nn.Module
     router: nn.Module | None
+    num_experts: int
     askable: AskableRouter | None
 
     def attach(self, forward: Forward, before_router: Callable[[Tensor], None]) -> None:
         """Let the model call `forward` for its experts, and `before_router` with gate inputs."""
         self.experts.attached = forward  # type: ignore[assignment]
         if self.router is not None:
-            self.router.register_forward_pre_hook(_gate_input_hook(before_router))
+            hook = _gate_input_hook(before_router)
+            self.router.register_forward_pre_hook(hook, with_kwargs=True)
 
     def math(self, weights: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
         """Run one expert's feed-forward on tokens [n, D] as the family defines it."""
         module: Any = self.experts
         up_name = "gate_up_proj" if module.has_gate else "up_proj"
-        up = _linear(tokens, weights, up_name)
+        transposed = module.is_transposed
+        up = _linear(tokens, weights, up_name, transposed)
         inner = module._apply_gate(up) if module.has_gate else module.act_fn(up)
-        return _linear(inner, weights, "down_proj")
+        out = _linear(inner, weights, "down_proj", transposed)
+        has_norm = getattr(module, "has_post_expert_norm", False)
+        return module.post_expert_norm(out) if has_norm else out
 
 
 def find_sites(model: nn.Module, hidden: int, dtype: torch.dtype) -> list[MoESite]:
@@ -135,36 +172,52 @@ def find_sites(model: nn.Module, hidden: int, dtype: torch.dtype) -> list[MoESit
     for path, experts in find_experts(model).items():
         block = model.get_submodule(path.rpartition(".")[0])
         router = getattr(block, "gate", None) or getattr(block, "router", None)
-        askable = _try_router(router, hidden, dtype) if isinstance(router, nn.Module) else None
-        sites.append(MoESite(path, experts, router, askable))
+        num_experts = int(experts.num_experts)  # type: ignore[arg-type]
+        askable = None
+        if isinstance(router, nn.Module):
+            constants = _constants(router, block)
+            ways = [AskableRouter(router, num_experts, constants, way) for way in (False, True)]
+            askable = next((way for way in ways if _answers(way, hidden, dtype)), None)
+        sites.append(MoESite(path, experts, router, num_experts, askable))
     return sites
 
 
-def _linear(x: Tensor, weights: Mapping[str, Tensor], name: str) -> Tensor:
-    y = F.linear(x, weights[name])
+def _linear(x: Tensor, weights: Mapping[str, Tensor], name: str, transposed: bool) -> Tensor:
+    # The last bits of a product depend on how the matrix lies in memory: as in the family's own.
+    weight = weights[name]
+    y = x @ weight.mT.contiguous() if transposed else F.linear(x, weight)
     bias = weights.get(f"{name}_bias")
     return y if bias is None else y + bias
 
 
 def _gate_input_hook(
     before_router: Callable[[Tensor], None],
-) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
     @torch.no_grad()
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        before_router(args[0].reshape(-1, args[0].shape[-1]))
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        gate_input = args[0] if args else next(iter(kwargs.values()))
+        before_router(gate_input.reshape(-1, gate_input.shape[-1]))
 
     return hook
 
 
+def _constants(router: nn.Module, block: nn.Module) -> tuple[Tensor, ...]:
+    """Find what a router must be given beside its gate input, under the same name in its block."""
+    found = []
+    for name in list(signature(router.forward).parameters)[1:]:
+        value = getattr(block, name, None)
+        if not isinstance(value, Tensor):
+            break
+        found.append(value)
+    return tuple(found)
+
+
 @torch.no_grad()
-def _try_router(router: nn.Module, hidden: int, dtype: torch.dtype) -> AskableRouter | None:
+def _answers(router: AskableRouter, hidden: int, dtype: torch.dtype) -> bool:
     # Families differ in what a router takes and returns; asking is safer than a list of names.
     try:
-        answer = router.forward(torch.zeros(1, hidden, dtype=dtype))
+        scores, topk_ids = router(torch.zeros(1, hidden, dtype=dtype))
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
-        return None
-    if not (isinstance(answer, tuple) and len(answer) == 3):
-        return None
-    scores, _, topk_ids = answer
+        return False
     fits = scores.ndim == topk_ids.ndim == 2 and not topk_ids.is_floating_point()
-    return AskableRouter(router, scores.shape[1]) if fits and len(scores) == 1 else None
+    return fits and scores.shape == (1, router.num_experts) and len(topk_ids) == 1

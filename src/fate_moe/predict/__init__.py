@@ -26,7 +26,7 @@ class Router(Protocol):
 
 
 class Predictor(Protocol):
-    """Guesses ahead of the router. Never changes what is computed."""
+    """Guesses ahead of the router, and may learn from it. Never changes what is computed."""
 
     width: int
     """Experts guessed per decode step beyond which only the router's own top-k go; 0 = none."""
@@ -34,19 +34,26 @@ class Predictor(Protocol):
     def next(self, layer: int, gate_input: Tensor) -> Prediction | None:
         """Guess from the gate input [T, D] of `layer`, or None when there is nothing to say."""
 
+    def learn(self, layer: int, chosen: Sequence[int]) -> None:
+        """Hear which distinct experts the router of `layer` chose in this step."""
 
-# name -> module path and class; each class is built from (routers [L], PredictConfig).
+
+# name -> module path and class; each class is built from (routers [L], experts [L], PredictConfig).
 PREDICTORS: dict[str, str] = {
     "cross_layer": "fate_moe.predict.cross_layer:CrossLayer",
+    "history": "fate_moe.predict.history:History",
     "none": "fate_moe.predict.none:NoPrediction",
 }
 
 
-def make_predictor(config: PredictConfig, routers: Sequence[Router | None]) -> Predictor:
+def make_predictor(
+    config: PredictConfig, routers: Sequence[Router | None], experts: Sequence[int]
+) -> Predictor:
     """Build the predictor that `config` names.
 
     Args:
         routers: one per MoE layer, [L]; None where the family's router cannot be asked alone.
+        experts: E of each layer, [L].
     Raises:
         ConfigError: no such predictor.
     """
@@ -54,5 +61,5 @@ def make_predictor(config: PredictConfig, routers: Sequence[Router | None]) -> P
         known = ", ".join(sorted(PREDICTORS))
         raise ConfigError(f"predictor: {config.predictor!r} is none of {known}")
     module, _, cls = PREDICTORS[config.predictor].partition(":")
-    predictor: Predictor = getattr(import_module(module), cls)(routers, config)
+    predictor: Predictor = getattr(import_module(module), cls)(routers, experts, config)
     return predictor

@@ -4,7 +4,8 @@ The paper's predictor: adjacent gate inputs are similar, so router l+1 asked wit
 layer l already names most of the experts of layer l+1.
 Source: Fate (arXiv 2502.12224), cross-layer gate. Width: the router's top-k, and in decode also
 every expert scored at or above the 75th percentile; in prefill the union over the tokens of the
-top-k, most popular first (FFFzy/Fate_open, the decoder layers' prefill path).
+top-k, most popular first (FFFzy/Fate_open, the decoder layers' prefill path). A layer whose router
+cannot be asked ahead of its turn is guessed from its own history.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fate_moe.config import PredictConfig
+from fate_moe.predict.history import History
 from fate_moe.types import Prediction
 
 if TYPE_CHECKING:
@@ -27,17 +29,21 @@ if TYPE_CHECKING:
 class CrossLayer:
     """Ask router l+1 about the gate input of layer l."""
 
-    def __init__(self, routers: Sequence[Router | None], config: PredictConfig) -> None:
+    def __init__(
+        self, routers: Sequence[Router | None], experts: Sequence[int], config: PredictConfig
+    ) -> None:
         self._routers = tuple(routers)
         self._percentile = config.percentile
-        known = [r.num_experts for r in routers if r is not None]
-        self.width = max((self._above_percentile(e) for e in known), default=0)
+        self._history = History(routers, experts, config) if None in self._routers else None
+        self.width = max((self._above_percentile(count) for count in experts), default=0)
 
     def next(self, layer: int, gate_input: Tensor) -> Prediction | None:
-        """Rank the experts of `layer + 1`; None for the last layer or an unaskable router."""
-        router = self._routers[layer + 1] if layer + 1 < len(self._routers) else None
-        if router is None:
+        """Rank the experts of `layer + 1`; None for the last layer."""
+        if layer + 1 >= len(self._routers):
             return None
+        router = self._routers[layer + 1]
+        if router is None:
+            return self._history.next(layer, gate_input) if self._history else None
         scores, topk_ids = router(gate_input)  # [T, E], [T, K]
         if topk_ids.shape[0] == 1:
             return self._one_token(layer + 1, scores[0], topk_ids[0], router.num_experts)
@@ -45,6 +51,11 @@ class CrossLayer:
         ranked = votes.argsort(descending=True, stable=True)
         core = int((votes > 0).sum())
         return Prediction(layer + 1, tuple(ranked[:core].tolist()), core)
+
+    def learn(self, layer: int, chosen: Sequence[int]) -> None:
+        """Hear what a router chose; only layers that cannot be asked need it."""
+        if self._history is not None and self._routers[layer] is None:
+            self._history.learn(layer, chosen)
 
     def _one_token(self, layer: int, scores: Tensor, ids: Tensor, num_experts: int) -> Prediction:
         core: list[int] = ids.tolist()

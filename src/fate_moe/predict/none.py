@@ -19,8 +19,13 @@ class NoPrediction:
 
     width = 0
 
-    def __init__(self, routers: Sequence[Router | None], config: PredictConfig) -> None:
+    def __init__(
+        self, routers: Sequence[Router | None], experts: Sequence[int], config: PredictConfig
+    ) -> None:
         pass
 
     def next(self, layer: int, gate_input: Tensor) -> Prediction | None:
         return None
+
+    def learn(self, layer: int, chosen: Sequence[int]) -> None:
+        pass

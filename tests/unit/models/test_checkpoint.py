@@ -258,7 +258,7 @@ def test_the_source_is_told_apart_by_config_and_shards(qwen: Path) -> None:
     ("family", "message"),
     [
         ("llama", "not a Mixture-of-Experts"),
-        ("llama4_text", "not one that uses transformers' experts interface"),
+        ("llama4_text", "an MoE outside of transformers' experts interface"),
     ],
 )
 def test_families_without_the_interface(family: str, message: str, folder: Path) -> None:

@@ -12,6 +12,7 @@ from fate_moe.config import PredictConfig
 from fate_moe.errors import ConfigError
 from fate_moe.predict import PREDICTORS, Router, make_predictor
 from fate_moe.predict.cross_layer import CrossLayer
+from fate_moe.types import Prediction
 
 
 class LinearRouter:
@@ -27,7 +28,8 @@ class LinearRouter:
 
 
 def predictor(routers: Sequence[Router | None], percentile: float = 75.0) -> CrossLayer:
-    return CrossLayer(routers, PredictConfig(percentile=percentile))
+    experts = [16 if router is None else router.num_experts for router in routers]
+    return CrossLayer(routers, experts, PredictConfig(percentile=percentile))
 
 
 def test_one_token_gets_top_k_and_all_above_the_percentile() -> None:
@@ -80,7 +82,9 @@ def test_guesses_are_distinct_experts_of_the_next_layer(
     name: str, tokens: int, seed: int, percentile: float
 ) -> None:
     routers = [LinearRouter(12, 3, seed), LinearRouter(12, 3, seed + 1)]
-    made = make_predictor(PredictConfig(predictor=name, percentile=percentile), routers)
+    config = PredictConfig(predictor=name, percentile=percentile)
+    made = make_predictor(config, routers, [12, 12])
+    made.learn(1, [seed % 12, (seed + 5) % 12])
     x = torch.randn(tokens, 8, generator=torch.Generator().manual_seed(seed))
     guess = made.next(0, x)
     if guess is not None:
@@ -91,5 +95,17 @@ def test_guesses_are_distinct_experts_of_the_next_layer(
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="'oracl' is none of cross_layer, none"):
-        make_predictor(PredictConfig(predictor="oracl"), [])
+    with pytest.raises(ConfigError, match="'oracl' is none of cross_layer, history, none"):
+        make_predictor(PredictConfig(predictor="oracl"), [], [])
+
+
+def test_a_layer_that_cannot_be_asked_is_guessed_from_its_history() -> None:
+    made = predictor([LinearRouter(16, 2, 1), None, LinearRouter(16, 2, 2)])
+    x = torch.randn(1, 8)
+    assert made.next(0, x) is None
+    made.learn(1, [3, 9])
+    assert made.next(0, x) == Prediction(1, (3, 9), 2)
+    made.learn(2, [5, 6])  # this one is asked instead
+    asked = made.next(1, x)
+    assert asked is not None
+    assert asked.ranked[:2] == tuple(LinearRouter(16, 2, 2)(x)[1][0].tolist())
