@@ -23,7 +23,7 @@ from fate_moe.engine import Engine, build
 from fate_moe.engine.generate import Conversation, Sampling
 from fate_moe.engine.prepare import convert_model
 from fate_moe.models.load import load_tokenizer, quiet_transformers
-from fate_moe.models.seam import find_experts
+from fate_moe.models.seam import UNDECORATED, find_experts
 from fate_moe.quant.codec import decode
 from fate_moe.quant.record import RecordLayout
 from fate_moe.store.format import read_manifest
@@ -65,7 +65,9 @@ def sources(decorated: bool) -> Iterator[str]:
     """Name the modules of transformers with routed experts, on its experts interface or not."""
     for file in sorted(MODELS.glob("*/modeling_*.py")):
         text = file.read_text(encoding="utf-8")
-        is_decorated = "@use_experts_implementation" in text
+        is_decorated = "@use_experts_implementation" in text or any(
+            f"class {name}(" in text for name in UNDECORATED
+        )
         is_moe = "self.experts = " in text or is_decorated
         if is_moe and is_decorated == decorated:
             yield file.parent.name

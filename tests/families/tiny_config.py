@@ -73,6 +73,7 @@ ADJUSTED: dict[str, dict[str, Any]] = {
     "muse_spark": {"audio_config": {"hidden_sizes": [16, 32, 32, 64], "depths": [1, 1, 1, 1]}},
     "nemotron_h": {"layers_block_type": ["linear_attention", "moe", "full_attention", "moe"]},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 101},
+    "step3p7": {"text_config": {"sliding_window": 8, "swiglu_limits": [0.0, 0.5, 0.0, 0.5]}},
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
 

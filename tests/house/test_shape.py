@@ -114,7 +114,7 @@ def test_links_between_documents_lead_somewhere(path: Path) -> None:
 def test_documented_commands_exist() -> None:
     from typer.main import get_command
 
-    from fate_moe.cli import app, chat, eval, generate, stores  # noqa: F401
+    from fate_moe.cli import app, chat, eval, generate, models, stores  # noqa: F401
 
     known = get_command(app).commands  # type: ignore[attr-defined]
     options = {name: {o for p in command.params for o in p.opts} for name, command in known.items()}

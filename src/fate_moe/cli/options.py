@@ -13,7 +13,8 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="smolmoe (built in), a folder with a checkpoint or a store, or a hub id (owner/name).",
+        help="smolmoe (built in), a folder with a checkpoint or a store, a GGUF file, or a hub id "
+        "(owner/name).",
     ),
 ]
 Ram = Annotated[

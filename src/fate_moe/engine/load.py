@@ -20,6 +20,7 @@ def load(
     policy: str = "fate",
     cache_dir: str | Path | None = None,
     revision: str | None = None,
+    bits: int | None = None,
     progress: Progress = no_progress,
     **settings: object,
 ) -> tuple[Any, Any]:
@@ -30,12 +31,14 @@ def load(
         print(model.fate.report())
 
     Args:
-        model: `smolmoe`, a folder (checkpoint or store), or a hub id.
+        model: `smolmoe`, a folder (checkpoint or store), a GGUF file, or a hub id.
         ram: limit for the whole process, `6GiB` or `50%` of what is available.
         experts: limit for the expert slots alone, `2GiB` or `50%` of all experts.
         policy: `fate`, `demand` (load on demand) or `resident` (everything in memory).
         cache_dir: where downloads and stores are kept; default `~/.cache/fate`.
         revision: commit, branch or tag of a hub id.
+        bits: of the experts' weights: 4, 8, or 16 for experts as they are. None: a store as it is,
+            and 4 where one is made.
         progress: told about everything that takes long.
         settings: any field of the config's sections, such as `predictor="none"`, `cache="lru"`,
             `allocation="even"`, `context_tokens=2048`, `dtype="float32"`, `io_threads=4`.
@@ -46,7 +49,7 @@ def load(
     """
     config = make_config(policy, ram=ram, experts=experts, **settings)
     root = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
-    store = find_store(model, cache_dir=root, revision=revision, progress=progress)
+    store = find_store(model, cache_dir=root, revision=revision, bits=bits, progress=progress)
     tokenizer = load_tokenizer(store)
     engine = build(store, config, progress=progress)
     return engine.model, tokenizer

@@ -29,10 +29,15 @@ _swapping = threading.Lock()  # the class tables of transformers belong to the w
 
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 
+UNDECORATED = ("Step3p7Experts",)
+"""Experts classes with the interface's contract that transformers has not put on it."""
+
 
 def is_experts(module: nn.Module) -> bool:
     """Say whether a module is a family's experts class (of the experts interface)."""
-    return hasattr(module, "has_gate") and hasattr(module, "is_transposed")
+    if hasattr(module, "has_gate") and hasattr(module, "is_transposed"):
+        return True
+    return any(cls.__name__ in UNDECORATED for cls in type(module).__mro__)
 
 
 def find_experts(model: nn.Module) -> dict[str, nn.Module]:
@@ -152,10 +157,10 @@ class MoESite:
     def math(self, weights: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
         """Run one expert's feed-forward on tokens [n, D] as the family defines it."""
         module: Any = self.experts
-        up_name = "gate_up_proj" if module.has_gate else "up_proj"
-        transposed = module.is_transposed
-        up = _linear(tokens, weights, up_name, transposed)
-        inner = module._apply_gate(up) if module.has_gate else module.act_fn(up)
+        has_gate = getattr(module, "has_gate", True)
+        transposed = getattr(module, "is_transposed", False)
+        up = _linear(tokens, weights, "gate_up_proj" if has_gate else "up_proj", transposed)
+        inner = module._apply_gate(up) if has_gate else module.act_fn(up)
         out = _linear(inner, weights, "down_proj", transposed)
         has_norm = getattr(module, "has_post_expert_norm", False)
         return module.post_expert_norm(out) if has_norm else out

@@ -31,6 +31,17 @@ def test_load_gives_an_ordinary_model_with_a_report(tiny_store: Path) -> None:
     model.fate.close()
 
 
+def test_load_makes_a_store_of_the_bits_that_were_asked_for(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    for bits, form in ((8, "INT8"), (16, "float32"), (None, "INT4")):
+        model, _ = fate_moe.load(str(tiny_checkpoint), bits=bits, cache_dir=tmp_path)
+        assert form in model.fate.mode
+        model.fate.close()
+    with pytest.raises(ConfigError, match="bits: 5 is none of 4, 8, 16"):
+        fate_moe.load(str(tiny_checkpoint), bits=5, cache_dir=tmp_path)
+
+
 def test_a_closed_engine_says_so(tiny_store: Path) -> None:
     model, _ = fate_moe.load(str(tiny_store), experts="50%")
     model.fate.close()
@@ -74,7 +85,7 @@ def test_a_prompt_longer_than_a_chunk_is_split(
 
     engine = open_engine(tiny_store, experts="50%")
     chunk = engine.model.generation_config.prefill_chunk_size
-    assert chunk == (512 if chunks_continue() else None)
+    assert chunk == (512 if chunks_continue(engine.model) else None)
     talk = Conversation(engine, load_tokenizer(tiny_store))
     whole = talk.ask("x" * 100, Sampling(max_new_tokens=6))
     monkeypatch.setattr(generate, "PREFILL_CHUNK_TOKENS", 32)

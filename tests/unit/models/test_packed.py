@@ -256,14 +256,6 @@ def test_output_equals_plain_transformers(
     engine = open_engine(store, policy="demand", experts="75%", dtype="float32")
     with torch.no_grad():
         found, want = engine.model(prompt).logits, same(prompt).logits
-    if name == "mxfp4":
-        # gpt-oss multiplies by its matrices as [in, out], we by the same ones as [out, in]; whether
-        # both sum in one order is the BLAS library's choice. Our own run of the plain weights must
-        # agree to the bit.
-        torch.testing.assert_close(found, want, rtol=0, atol=1e-7)
-        plain, _ = convert_model(str(tmp_path / "plain"), None, cache_dir=tmp_path, bits=16)
-        with torch.no_grad():
-            want = open_engine(plain, experts="75%", dtype="float32").model(prompt).logits
     assert torch.equal(found, want)
     assert engine.report().misses > 0
 
