@@ -5,7 +5,7 @@ have the names and shapes of the transformers model's parameters (`gguf_names`),
 those that hold every value: float32 unless the file has 16-bit floats.
 
 Types whose values lie on a uniform grid also hand out that grid, so that a record can keep it.
-Source: gguf 0.19, quants.py; ggml, ggml-common.h (the blocks).
+Source: gguf 0.19, quants.py; llama.cpp 0c1e57098, ggml/src/ggml-common.h (the blocks).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
 from fate_moe.errors import FormatError, ModelError
-from fate_moe.models.gguf_config import Gguf
 from fate_moe.models.gguf_header import GgufHeader, GgufTensor, read_gguf_header
+from fate_moe.models.gguf_metadata import Gguf
 from fate_moe.models.gguf_names import Recipe
 from fate_moe.models.weights import FLOATS
 from fate_moe.quant.grid import Grid

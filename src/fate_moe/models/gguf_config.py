@@ -4,108 +4,34 @@ Made here and not by transformers, whose tables know few MoE architectures and l
 at the family's defaults.
 
 Invariant: what a family needs and the file does not say is an error, never a default that belongs
-to another model. Sources: gguf 0.19, constants.py (keys); llama.cpp, convert_hf_to_gguf.py (what
-each key was made from).
+to another model; a key that changes the output and has no place in the config is one, too.
+Sources: gguf 0.19, constants.py (keys); llama.cpp 0c1e57098, conversion/ (base.py, llama.py,
+qwen.py, olmo.py, granite.py, gpt_oss.py, deepseek.py: what each key is made from) and src/models/
+(which router each architecture has).
 """
 
 from __future__ import annotations
 
 import json
-import math
-import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
+from gguf.constants import ExpertGatingFuncType
+
 from fate_moe.errors import FormatError, ModelError
-from fate_moe.models.gguf_header import GgufHeader, GgufTensor
-
-EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
-
-_YARN = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}
+from fate_moe.models.gguf_metadata import EMBEDDING, OUTPUT, Gguf
+from fate_moe.models.gguf_rope import read_rope
 
 Entries = dict[str, object]
 
-
-@dataclass(frozen=True, slots=True)
-class Gguf:
-    """What all files of a model say together.
-
-    Attributes:
-        header: of the first file, which has the metadata.
-        tensors: name -> tensor, of all files.
-        digests: file name -> fingerprint.
-    """
-
-    header: GgufHeader
-    tensors: Mapping[str, GgufTensor]
-    digests: Mapping[str, str]
-
-    @property
-    def path(self) -> Path:
-        """The first file, for messages."""
-        return self.header.path
-
-    @property
-    def architecture(self) -> str:
-        """The model's kind in llama.cpp's words, such as "qwen3moe"."""
-        value = self.header.metadata.get("general.architecture")
-        if not isinstance(value, str) or not value.isprintable():
-            raise FormatError(f"{self.path}: general.architecture is {value!r:.80}")
-        return value
-
-    def find(self, key: str) -> object:
-        """Return the metadata of the architecture's `key`, or None."""
-        return self.header.metadata.get(f"{self.architecture}.{key}")
-
-    def count(self, key: str, default: int | None = None) -> int:
-        """Return a count from the metadata; at least 1, or 0 if that is the default.
-
-        Raises:
-            ModelError: it is missing and has no default.
-            FormatError: it is no count.
-        """
-        value = self.find(key)
-        if value is None and default is not None:
-            return default
-        if isinstance(value, tuple) and len(set(value)) == 1:
-            value = value[0]  # one per layer, all alike
-        least = 0 if default == 0 else 1
-        if type(value) is not int or not least <= value < 1 << 31:
-            raise self._wrong(key, value, "a count")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        """Return a finite number from the metadata, the shortest that is the same in float32."""
-        value = self.find(key)
-        if value is None and default is not None:
-            return default
-        if type(value) not in (int, float) or not math.isfinite(value):  # type: ignore[arg-type]
-            raise self._wrong(key, value, "a number")
-        return _shortest(float(value))  # type: ignore[arg-type]
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return a tensor's shape.
-
-        Raises:
-            ModelError: there is no such tensor.
-        """
-        if name not in self.tensors:
-            raise ModelError(f"{self.path}: tensor {name} is missing")
-        return self.tensors[name].shape
-
-    def any_shape(self, ending: str) -> tuple[int, ...]:
-        """Return the shape of the first layer's tensor with this ending that has one."""
-        for name, tensor in self.tensors.items():
-            if name.startswith("blk.") and name.endswith(f".{ending}"):
-                return tensor.shape
-        raise ModelError(f"{self.path}: no layer has a tensor {ending}")
-
-    def _wrong(self, key: str, value: object, need: str) -> ModelError | FormatError:
-        name = f"{self.architecture}.{key}"
-        if value is None:
-            return ModelError(f"{self.path}: metadata lacks {name}")
-        return FormatError(f"{self.path}: {name} is {value!r:.80}, must be {need}")
+# Keys of attention that other variants of these architectures have; they would change the output.
+_UNSUPPORTED = (
+    "attention.clamp_kqv",
+    "attention.sliding_window_pattern",
+    "attention.temperature_length",
+    "attention.temperature_scale",
+    "rope.freq_base_swa",
+)
 
 
 def write_config(gguf: Gguf, folder: Path) -> None:
@@ -126,6 +52,12 @@ def write_config(gguf: Gguf, folder: Path) -> None:
             f"{gguf.path}: {gguf.architecture}.expert_count is missing or 0: "
             "not a Mixture-of-Experts model"
         )
+    for key in _UNSUPPORTED:
+        if gguf.find(key) is not None:
+            raise ModelError(
+                f"{gguf.path}: {gguf.architecture}.{key} is not supported; use the model's "
+                "safetensors"
+            )
     config = {**_common(gguf), **known(gguf)}
     _check_counts(gguf, config)
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
@@ -141,15 +73,6 @@ def _check_counts(gguf: Gguf, config: Entries) -> None:
         raise ModelError(f"{gguf.path}: expert_count is {experts}, the tensors have {have}")
 
 
-def _shortest(value: float) -> float:
-    # Metadata are float32: 1e-06 was written, 9.999999974752427e-07 is read.
-    for digits in range(1, 10):
-        short = float(f"{value:.{digits}g}")
-        if struct.pack("<f", short) == struct.pack("<f", value):
-            return short
-    return value
-
-
 def _common(gguf: Gguf) -> Entries:
     vocabulary, hidden = gguf.shape(EMBEDDING)[0], gguf.count("embedding_length")
     heads = gguf.count("attention.head_count")
@@ -163,7 +86,7 @@ def _common(gguf: Gguf) -> Entries:
         "num_key_value_heads": gguf.count("attention.head_count_kv", heads),
         "rms_norm_eps": gguf.number("attention.layer_norm_rms_epsilon"),
         "num_experts_per_tok": gguf.count("expert_used_count"),
-        "rope_parameters": _rope(gguf),
+        "rope_parameters": read_rope(gguf),
         "tie_word_embeddings": OUTPUT not in gguf.tensors,
     }
     return config | _special_tokens(gguf)
@@ -190,28 +113,6 @@ def _special_tokens(gguf: Gguf) -> Entries:
     }
 
 
-def _rope(gguf: Gguf) -> Entries:
-    rope: Entries = {"rope_type": "default", "rope_theta": gguf.number("rope.freq_base", 10000.0)}
-    kind = gguf.find("rope.scaling.type") or "none"
-    if kind == "none":
-        return rope
-    if kind not in ("linear", "yarn"):
-        raise ModelError(f"{gguf.path}: rope scaling {kind!r:.40} is none of linear, yarn")
-    rope |= {"rope_type": kind, "factor": gguf.number("rope.scaling.factor")}
-    if kind == "yarn":
-        rope["original_max_position_embeddings"] = gguf.count(
-            "rope.scaling.original_context_length"
-        )
-        for key, name in _YARN.items():
-            if gguf.find(f"rope.scaling.{key}") is not None:
-                rope[name] = gguf.number(f"rope.scaling.{key}")
-        if gguf.find("rope.scaling.yarn_log_multiplier") is not None:
-            # The file has 0.1 * mscale_all_dim; published configs have mscale equal to it.
-            scale = _shortest(gguf.number("rope.scaling.yarn_log_multiplier") * 10)
-            rope |= {"mscale": scale, "mscale_all_dim": scale}
-    return rope
-
-
 def _head_dim(gguf: Gguf) -> int:
     per_head = gguf.count("embedding_length") // max(1, gguf.count("attention.head_count"))
     return gguf.count("attention.key_length", gguf.count("rope.dimension_count", per_head))
@@ -224,6 +125,11 @@ def _expert_width(gguf: Gguf) -> int:
 
 def _dense_width(gguf: Gguf) -> int:
     return gguf.count("feed_forward_length", _expert_width(gguf))
+
+
+def _has_biases(gguf: Gguf) -> bool:
+    """Whether q, k and v have biases, be they one tensor."""
+    return not gguf.tensors.keys().isdisjoint(("blk.0.attn_q.bias", "blk.0.attn_qkv.bias"))
 
 
 def _mixtral(gguf: Gguf) -> Entries:
@@ -244,7 +150,7 @@ def _qwen2_moe(gguf: Gguf) -> Entries:
         "shared_expert_intermediate_size": gguf.any_shape("ffn_down_shexp.weight")[-1],
         "num_experts": gguf.count("expert_count"),
         "norm_topk_prob": bool(gguf.find("expert_weights_norm")),
-        "qkv_bias": "blk.0.attn_q.bias" in gguf.tensors,
+        "qkv_bias": _has_biases(gguf),
     }
 
 
@@ -256,17 +162,17 @@ def _qwen3_moe(gguf: Gguf) -> Entries:
         "num_experts": gguf.count("expert_count"),
         "head_dim": _head_dim(gguf),
         "norm_topk_prob": True,  # llama.cpp does so whatever the file says
+        "attention_bias": _has_biases(gguf),
     }
 
 
 def _olmoe(gguf: Gguf) -> Entries:
-    clip = gguf.find("attention.clamp_kqv")
     return {
         "model_type": "olmoe",
         "intermediate_size": _expert_width(gguf),
         "num_experts": gguf.count("expert_count"),
         "norm_topk_prob": bool(gguf.find("expert_weights_norm")),
-        "clip_qkv": None if clip is None else gguf.number("attention.clamp_kqv"),
+        "attention_bias": _has_biases(gguf),
     }
 
 
@@ -275,6 +181,7 @@ def _granite_moe(gguf: Gguf) -> Entries:
         "model_type": "granitemoe",
         "intermediate_size": _expert_width(gguf),
         "num_local_experts": gguf.count("expert_count"),
+        "attention_bias": _has_biases(gguf),
         "embedding_multiplier": gguf.number("embedding_scale", 1.0),
         "residual_multiplier": gguf.number("residual_scale", 1.0),
         "attention_multiplier": gguf.number("attention.scale", 1.0),
@@ -287,7 +194,7 @@ def _granite_moe(gguf: Gguf) -> Entries:
 
 
 def _gpt_oss(gguf: Gguf) -> Entries:
-    rope = _rope(gguf)
+    rope = read_rope(gguf)
     if rope["rope_type"] == "yarn":
         rope["truncate"] = False  # of this family alone; the file does not say
     return {
@@ -325,8 +232,14 @@ def _deepseek(gguf: Gguf) -> Entries:
         "qk_nope_head_dim": key - rope_dim,
         "v_head_dim": value,
     }
-    if gguf.count("expert_gating_func", 1) == 2:  # sigmoid
+    scores = gguf.count("expert_gating_func", 1)
+    if scores == ExpertGatingFuncType.SIGMOID:
         return config | {"model_type": "deepseek_v3"}
+    if scores != ExpertGatingFuncType.SOFTMAX:
+        raise ModelError(
+            f"{gguf.path}: {gguf.architecture}.expert_gating_func is {scores}, supported are "
+            "1 (softmax) and 2 (sigmoid)"
+        )
     method = "group_limited_greedy" if groups > 1 else "greedy"
     return config | {"model_type": "deepseek_v2", "topk_method": method}
 

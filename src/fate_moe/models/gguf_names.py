@@ -5,7 +5,8 @@ one parameter of the transformers model comes back. Names come from gguf's own t
 the names of published checkpoints, and from the few rules here.
 
 Invariant: every parameter has its tensors in shapes that fit, and every tensor its parameter.
-Sources: gguf 0.19, tensor_mapping.py; llama.cpp, convert_hf_to_gguf.py (the order of rows).
+Sources: gguf 0.19, tensor_mapping.py; llama.cpp 0c1e57098, conversion/ (base.py: what is fused;
+llama.py, granite.py, gpt_oss.py, deepseek.py: the order of rows).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from gguf.tensor_mapping import get_tensor_name_map
 from torch import Tensor
 
 from fate_moe.errors import ModelError
-from fate_moe.models.gguf_config import EMBEDDING, OUTPUT, Gguf
+from fate_moe.models.gguf_metadata import EMBEDDING, OUTPUT, ROPE_FREQS, Gguf
 
 Arrange = Callable[[Sequence[Tensor]], Tensor]
 
@@ -41,6 +42,7 @@ _RULES: Mapping[str, tuple[str, ...]] = {
     "shared_mlp.input_linear.weight": ("ffn_gate_shexp.weight", "ffn_up_shexp.weight"),
 }
 _SPLIT_KV = ("attn_k_b.weight", "attn_v_b.weight")
+_QKV = re.compile(r"self_attn\.([qkv])_proj\.(weight|bias)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,11 @@ def stacked(parts: Sequence[Tensor]) -> Tensor:
 def interleaved(parts: Sequence[Tensor]) -> Tensor:
     """Take rows in turns: gate 0, up 0, gate 1, ..."""
     return torch.stack(list(parts), 1).flatten(0, 1)
+
+
+def cut(parts: Sequence[Tensor], start: int, rows: int, then: Arrange) -> Tensor:
+    """Take a run of rows, and arrange it."""
+    return then([parts[0][start : start + rows]])
 
 
 def as_row(parts: Sequence[Tensor]) -> Tensor:
@@ -136,7 +143,11 @@ class _Finder:
         return self._is_tied and name == "lm_head.weight"
 
     def is_extra(self, name: str) -> bool:
-        """Whether the model never loads this tensor: those of layers that predict further."""
+        """Whether the model has no such parameter: frequencies are in its config, and layers that
+        predict further are not loaded.
+        """
+        if name == ROPE_FREQS:
+            return True
         match = re.match(r"blk\.(\d+)\.", name)
         return match is not None and int(match.group(1)) >= self._layers
 
@@ -149,7 +160,7 @@ class _Finder:
         recipe = Recipe(
             sources,
             shape,
-            self._arrange(name, sources),
+            self._arrange(name, sources, shape),
             is_expert,
             is_expert and matrix and self._is_transposed,
         )
@@ -167,6 +178,10 @@ class _Finder:
             split = tuple(f"blk.{layer}.{source}" for source in _SPLIT_KV)
             if split[0] in self._gguf.tensors:
                 return split
+        qkv = _QKV.fullmatch(rest)
+        fused = f"blk.{layer}.attn_qkv.{qkv.group(2)}" if qkv else ""
+        if fused in self._gguf.tensors:  # as the converter's --fuse-qkv writes it
+            return (fused,)
         for ending, sources in _RULES.items():
             if rest == ending or rest.endswith(f".{ending}"):
                 return tuple(f"blk.{layer}.{source}" for source in sources)
@@ -178,19 +193,28 @@ class _Finder:
             )
         return (str(source),)
 
-    def _arrange(self, name: str, sources: tuple[str, ...]) -> Arrange:
+    def _arrange(self, name: str, sources: tuple[str, ...], shape: tuple[int, ...]) -> Arrange:
         if len(sources) == 2:
             if sources[0].endswith(_SPLIT_KV[0]):
                 return joined_kv
             return interleaved if self._is_transposed else stacked
         if name.endswith("shared_expert_gate.weight"):
             return as_row
-        if self._gguf.architecture in _TURNED:
-            if ".q_proj." in name:
-                return partial(in_halves, heads=self._heads)
-            if ".k_proj." in name:
-                return partial(in_halves, heads=self._kv_heads)
-        return stacked
+        match = _QKV.search(name)
+        if match is None:
+            return stacked
+        kind, turned = match.group(1), self._turned(match.group(1))
+        if ".attn_qkv." not in sources[0]:
+            return turned
+        rows, whole = shape[0], self._gguf.shape(sources[0])[0]
+        start = {"q": 0, "k": whole - 2 * rows, "v": whole - rows}[kind]
+        return partial(cut, start=max(0, start), rows=rows, then=turned)
+
+    def _turned(self, kind: str) -> Arrange:
+        """How the rows of q, k or v lie."""
+        if self._gguf.architecture not in _TURNED or kind == "v":
+            return stacked
+        return partial(in_halves, heads=self._heads if kind == "q" else self._kv_heads)
 
     def _check(self, name: str, recipe: Recipe) -> None:
         """Put it together from tensors without content, and compare the shape."""

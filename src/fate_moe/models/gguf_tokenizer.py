@@ -5,21 +5,23 @@ From the file, built by transformers, where that gives the original's tokens; el
 only names (`tokenizer.ggml.pre`): a way that transformers does not know would give other tokens
 without a word, so it counts as one that cannot be built. Without any tokenizer there is no store:
 transformers would make an empty one of the config alone.
-Source: llama.cpp, llama-vocab.cpp (which names mean which cut).
+Source: llama.cpp 0c1e57098, src/llama-vocab.cpp (which names mean which cut).
 """
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from fate_moe.errors import FormatError, ModelError
-from fate_moe.models.gguf_config import EMBEDDING, Gguf
+from fate_moe.models.gguf_metadata import EMBEDDING, Gguf
 from fate_moe.models.load import quiet_transformers
 
 _BESIDE = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
            "chat_template.jinja")  # fmt: skip
+_ALONE = "model.gguf"
 _MAX_BESIDE_BYTES = 1 << 28
 _AS_GPT2 = {"gpt-2", "gpt2", "olmo", "mpt"}
 _DIGITS_APART = {"refact", "smollm", "starcoder", "codeshell", "command-r"}  # else as GPT-2
@@ -72,9 +74,11 @@ def _build(gguf: Gguf, folder: Path) -> None:
 
     cut = _cut(gguf)
     try:
-        with quiet_transformers():
+        with quiet_transformers(), TemporaryDirectory() as alone:
+            # In the GGUF's own folder transformers prefers a tokenizer.json that lies there.
+            Path(alone, _ALONE).symlink_to(gguf.path.resolve())
             tokenizer = PreTrainedTokenizerFast.from_pretrained(
-                gguf.path.parent, gguf_file=gguf.path.name, local_files_only=True
+                alone, gguf_file=_ALONE, local_files_only=True
             )
             if cut is not None:
                 tokenizer.backend_tokenizer.pre_tokenizer = cut

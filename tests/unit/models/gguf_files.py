@@ -1,4 +1,8 @@
-"""Real GGUF files of tiny random models, written the way llama.cpp's converter does."""
+"""Real GGUF files of tiny random models, written the way llama.cpp's converter does.
+
+Names, shapes, orders and keys were compared with files that conversion/ of llama.cpp 0c1e57098 made
+of the same families.
+"""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -34,7 +38,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
                   "shared_expert_intermediate_size": 96},
     "qwen3_moe": {"moe_intermediate_size": 32, "num_experts": 4, "head_dim": 32,
                   "norm_topk_prob": True},
-    "olmoe": {"num_experts": 4, "clip_qkv": 1.5, "tie_word_embeddings": True},
+    "olmoe": {"num_experts": 4, "tie_word_embeddings": True},
     "granitemoe": {"num_local_experts": 4, "embedding_multiplier": 2.0, "logits_scaling": 3.0,
                    "residual_multiplier": 0.5, "attention_multiplier": 0.125},
     "granitemoeshared": {"num_local_experts": 4, "shared_intermediate_size": 32,
@@ -74,7 +78,38 @@ def _pairs(weight: Tensor, heads: int) -> Tensor:
     """llama.cpp's order of the rows of q and k: the halves of a head's rotation in turns."""
     if not heads:
         return weight
-    return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+    return weight.view(heads, 2, -1, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
+
+
+def fuse_qkv(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Put q, k and v, weights and biases, below each other, as --fuse-qkv does."""
+    out: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        block, _, kind = name.rpartition("attn_")
+        if kind in ("q.weight", "k.weight", "v.weight", "q.bias", "k.bias", "v.bias"):
+            ending = kind.rpartition(".")[2]
+            parts = [tensors[f"{block}attn_{letter}.{ending}"] for letter in "qkv"]
+            name, tensor = f"{block}attn_qkv.{ending}", torch.cat(parts)
+        out[name] = tensor
+    return out
+
+
+def llama3_divisors(config: Any) -> Tensor:
+    """What the converter writes as rope_freqs.weight, frequency by frequency."""
+    rope: Mapping[str, Any] = config.rope_parameters
+    turns = [
+        rope["original_max_position_embeddings"]
+        * rope["rope_theta"] ** (-i / config.head_dim)
+        / (2 * np.pi)
+        for i in range(0, config.head_dim, 2)
+    ]
+    low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
+    out = []
+    for count in turns:
+        smooth = (count - low) / (high - low)
+        middle = 1 / ((1 - smooth) / factor + smooth)
+        out.append(1.0 if count > high else factor if count < low else middle)
+    return torch.tensor(out, dtype=torch.float32)
 
 
 def split_tensors(family: str, model: nn.Module, *, split_kv: bool) -> dict[str, Tensor]:
@@ -120,7 +155,7 @@ def _special(name: str, tensor: Tensor) -> dict[str, Tensor]:
     if "router" in name:
         return {f"ffn_gate_inp.{name.rpartition('.')[2]}": tensor}
     if name.endswith("shared_expert_gate.weight"):
-        return {"ffn_gate_inp_shexp.weight": tensor[0]}
+        return {"ffn_gate_inp_shexp.weight": tensor}
     names = {"e_score_correction_bias": "exp_probs_b.bias", "sinks": "attn_sinks.weight"}
     found = names.get(name.rpartition(".")[2])
     return {found: tensor} if found else {}
@@ -150,19 +185,22 @@ def add_metadata(writer: Any, family: str, config: Any, *, split_kv: bool = Fals
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(rope["factor"])
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        if "attention_factor" in rope:
+            writer.add_rope_scaling_yarn_attn_factor(rope["attention_factor"])
         if "mscale_all_dim" in rope:
             writer.add_rope_scaling_yarn_log_mul(0.1 * rope["mscale_all_dim"])
     if family.startswith("deepseek"):
         _add_mla(writer, config, split_kv=split_kv)
         return
     writer.add_head_count_kv(config.num_key_value_heads)
+    if family == "mixtral" or family.startswith("granite"):
+        writer.add_vocab_size(config.vocab_size)
+        writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
     if family in ("qwen3_moe", "gpt_oss"):
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
     if family == "gpt_oss":
         writer.add_sliding_window(config.sliding_window)
-    if family == "olmoe":
-        writer.add_clamp_kqv(config.clip_qkv)
     if family.startswith("granite"):
         writer.add_embedding_scale(config.embedding_multiplier)
         writer.add_residual_scale(config.residual_multiplier)
@@ -189,7 +227,9 @@ def _add_mla(writer: Any, config: Any, *, split_kv: bool) -> None:
     writer.add_leading_dense_block_count(config.first_k_dense_replace)
     writer.add_expert_shared_count(config.n_shared_experts)
     writer.add_expert_weights_scale(config.routed_scaling_factor)
-    writer.add_expert_weights_norm(config.norm_topk_prob)
+    writer.add_vocab_size(config.vocab_size)
+    if config.norm_topk_prob:
+        writer.add_expert_weights_norm(True)
     if config.model_type == "deepseek_v3":
         writer.add_expert_group_count(config.n_group)
         writer.add_expert_group_used_count(config.topk_group)
@@ -247,6 +287,7 @@ def write_gguf(
     types: Types,
     *,
     split_kv: bool = False,
+    fused: bool = False,
     tokenizer: str = "qwen2",
     files: int = 1,
     drop: str = "",
@@ -256,6 +297,7 @@ def write_gguf(
 
     Args:
         types: GGUF name -> type, of matrices; others are F32.
+        fused: q, k and v as one tensor.
         tokenizer: how it cuts words; "" for none.
         files: more than one: split.
         drop: leave out the tensors whose name ends so.
@@ -269,7 +311,10 @@ def write_gguf(
     if extra is not None:
         extra(writer)
     values: dict[str, Tensor] = {}
-    for seed, (name, tensor) in enumerate(split_tensors(family, model, split_kv=split_kv).items()):
+    tensors = split_tensors(family, model, split_kv=split_kv)
+    if model.config.rope_parameters["rope_type"] == "llama3":
+        tensors["rope_freqs.weight"] = llama3_divisors(model.config)
+    for seed, (name, tensor) in enumerate((fuse_qkv(tensors) if fused else tensors).items()):
         if drop and name.endswith(drop):
             continue
         is_matrix = tensor.dim() > 1 and name.endswith(".weight")
