@@ -26,6 +26,7 @@ from fate_moe.models.load import read_skeleton
 from fate_moe.models.packed import check_method, plain_config, unpack
 from fate_moe.models.shards import Shards, file_digest, read_json
 from fate_moe.models.weights import FLOATS, Weights
+from fate_moe.quant.balance import BALANCED, balance
 from fate_moe.quant.codec import encode
 from fate_moe.quant.grid import Grid
 from fate_moe.quant.quantize import Quantized
@@ -195,7 +196,9 @@ class CheckpointSource:
         source = {"source": self._fates} if self._fates else {}
         if self._bits >= 16:
             return {"bits": self._bits, **source}
-        scales = {} if self._fitted else {"scales": "minmax"}
+        scales: dict[str, object] = {} if self._fitted else {"scales": "minmax"}
+        if any(self._is_balanced(layer) for layer in self.expert_layers):
+            scales["balanced"] = True
         return {"bits": self._bits, "group": self._group, **scales, **source}
 
     @cached_property
@@ -252,6 +255,17 @@ class CheckpointSource:
             FormatError: a shard ends too early or cannot be read.
         """
         layer, layout = self.expert_layers[key.layer], self.layouts[key.layer]
+        tensors, grids = self._to_encode(key)
+        where = f"{layer.path}, expert {key.expert}"
+        record = encode(layout, tensors, grids=grids, fitted=self._fitted, where=where)
+        return memoryview(record.numpy().data)
+
+    def _to_encode(self, key: ExpertKey) -> tuple[dict[str, Tensor | Quantized], dict[str, Grid]]:
+        """Read one expert as its record takes it: codes to keep, or floats; and its own grids."""
+        layer = self.expert_layers[key.layer]
+        if self._is_balanced(layer):
+            gate_up, down = (self._parameter(layer, name, key.expert) for name in BALANCED)
+            return dict(zip(BALANCED, balance(gate_up, down), strict=True)), {}
         tensors: dict[str, Tensor | Quantized] = {}
         grids: dict[str, Grid] = {}
         for name in layer.params:
@@ -263,9 +277,7 @@ class CheckpointSource:
             tensors[name] = self._parameter(layer, name, key.expert)
             if own == "grid" and isinstance(weights, gguf.GgufWeights):
                 grids[name] = weights.grid(part, key.expert)
-        where = f"{layer.path}, expert {key.expert}"
-        record = encode(layout, tensors, grids=grids, fitted=self._fitted, where=where)
-        return memoryview(record.numpy().data)
+        return tensors, grids
 
     def read_resident(self, name: str) -> Iterator[memoryview]:
         """Yield the bytes of one resident tensor in pieces of at most 8 MiB."""
@@ -301,6 +313,10 @@ class CheckpointSource:
         if weights.has_codes(part, self._bits):
             return "codes"
         return "grid" if weights.has_grid(part, self._bits) else ""
+
+    def _is_balanced(self, layer: ExpertLayer) -> bool:
+        rounds = self._fitted and self._bits < 16 and not self._own_groups(layer)
+        return rounds and layer.linear_in_up
 
     def _own_groups(self, layer: ExpertLayer) -> dict[str, int]:
         return {name: gguf.GROUP for name in layer.params if self._own_grid(layer, name)}

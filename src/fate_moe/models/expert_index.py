@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fate_moe.errors import ModelError
-from fate_moe.models.seam import find_experts
+from fate_moe.models.seam import find_experts, is_linear_in_up
 from fate_moe.models.weights import FLOATS, Weights
 
 _EXPERT_IN_KEY = re.compile(r"experts\.(\d+)\.")
@@ -70,6 +70,7 @@ class ExpertLayer:
         transposed: the module keeps its matrices as [in, out].
         params: parameter name -> shape in the module, first size E.
         parts: (parameter name, expert) -> its tensors, in the order they are joined.
+        linear_in_up: the expert is linear in the second half of its gate_up_proj.
     """
 
     path: str
@@ -77,6 +78,7 @@ class ExpertLayer:
     transposed: bool
     params: Mapping[str, tuple[int, ...]]
     parts: Mapping[tuple[str, int], tuple[Part, ...]]
+    linear_in_up: bool = False
 
 
 _Place = tuple[str, str, int | None]
@@ -123,7 +125,8 @@ def index_experts(skeleton: nn.Module, family: str, weights: Weights) -> ExpertI
                 parts[name, expert] = _check_parts(where, joined, shape, weights)
         num_experts = next(iter(params[path].values()))[0]
         transposed = bool(getattr(module, "is_transposed", False))
-        layers.append(ExpertLayer(path, num_experts, transposed, params[path], parts))
+        linear = is_linear_in_up(module)
+        layers.append(ExpertLayer(path, num_experts, transposed, params[path], parts, linear))
     return ExpertIndex(tuple(layers), tuple(resident))
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fate_moe.errors import ModelError
+from fate_moe.quant.balance import BALANCED
 
 _swapping = threading.Lock()  # the class tables of transformers belong to the whole process
 
@@ -38,6 +39,16 @@ def is_experts(module: nn.Module) -> bool:
     if hasattr(module, "has_gate") and hasattr(module, "is_transposed"):
         return True
     return any(cls.__name__ in UNDECORATED for cls in type(module).__mro__)
+
+
+def is_linear_in_up(module: nn.Module) -> bool:
+    """Say whether experts compute act(gate) * up and nothing else between their two matrices."""
+    gating = getattr(getattr(type(module), "_apply_gate", None), "__name__", "")
+    return (
+        gating == "_default_apply_gate"
+        and bool(module.has_gate)
+        and {name for name, _ in module.named_parameters(recurse=False)} == set(BALANCED)
+    )
 
 
 def find_experts(model: nn.Module) -> dict[str, nn.Module]:

@@ -292,7 +292,7 @@ class TestBadInput:
         [
             ("--policy", "quick", "'quick' is none of demand, fate, resident"),
             ("--cache", "mru", "'mru' is none of arc, lru"),
-            ("--predictor", "luck", "'luck' is none of cross_layer, none"),
+            ("--predictor", "luck", "'luck' is none of cross_layer, history, none"),
             ("--allocation", "deep", "'deep' is none of even, shallow"),
             ("--dtype", "int3", "'int3' is none of"),
             ("--temperature", "nan", "temperature"),

@@ -77,9 +77,9 @@ def test_settings_are_kept_apart_in_the_cache_folder(checkpoint: Path, tmp_path:
     assert len(set(found)) == len(CHOICES)
     assert find_store(str(checkpoint), cache_dir=cache) == found[0]
     assert [read_manifest(store).quantization for store in found] == [
-        {"bits": 4, "group": 64},
+        {"bits": 4, "group": 64, "balanced": True},
         {"bits": 4, "group": 64, "scales": "minmax"},
-        {"bits": 8, "group": 64},
+        {"bits": 8, "group": 64, "balanced": True},
         {"bits": 8, "group": 64, "scales": "minmax"},
         {"bits": 32},  # the checkpoint is in float32
     ]
