@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,8 @@ import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "src/fate_moe/models/families.json"
@@ -67,10 +70,13 @@ def check_version(version: str, build: Path) -> dict[str, Any]:
     """Install one version aside, check it in a process of its own, return its rows."""
     place = build / f"transformers-{version}"
     if not place.is_dir():
+        fresh = build / f"transformers-{version}.partial"
+        shutil.rmtree(fresh, ignore_errors=True)
         subprocess.run(
-            [sys.executable, "-m", "pip", "install", "--quiet", "--target", place,
+            [sys.executable, "-m", "pip", "install", "--quiet", "--target", fresh,
              f"transformers=={version}"], check=True,
         )  # fmt: skip
+        fresh.rename(place)
     out = place / "families.json"
     path = os.pathsep.join(map(str, (place, ROOT / "src", ROOT)))
     subprocess.run(
@@ -86,7 +92,7 @@ def check_version(version: str, build: Path) -> dict[str, Any]:
 
 def merged(table: Mapping[str, Any], version: str, rows: Mapping[str, Any]) -> dict[str, Any]:
     """Put one version's rows into the table; the newest version that has a family describes it."""
-    versions = sorted({*table["versions"], version}, key=lambda v: [int(n) for n in v.split(".")])
+    versions = sorted({*table["versions"], version}, key=Version)
     families = {name: {**row, "status": dict(row["status"])}
                 for name, row in table["families"].items()}  # fmt: skip
     for row in families.values():

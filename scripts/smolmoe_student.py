@@ -4,8 +4,8 @@ The student is the dense model with its feed-forward blocks masked token by toke
 what the carved checkpoint computes, in matrices large enough to be fast. What moves: a low-rank
 delta per matrix, the routers, the norms' gains. The forward pass computes with what will ship: the
 deltas in the recipe's eight bits, their sum with the base in the checkpoint's bfloat16, of that the
-routed experts in a store's INT4. Gradients go past all rounding (straight through), so that the
-model learns with the errors it will run with.
+routed experts balanced and in a store's INT4. Gradients go past all rounding (straight through), so
+that the model learns with the errors it will run with.
 
 Letters as in fate_moe.reference.recipe; T tokens.
 """
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fate_moe.quant.balance import loudness
 from fate_moe.quant.quantize import MAX_CODE, quantize
 from fate_moe.quant.record import choose_group
 from fate_moe.reference.recipe import (
@@ -101,8 +102,8 @@ class DeltaLinear(nn.Module):
         self.into[:rank] = root[:, None] * into
 
     @torch.no_grad()
-    def refresh(self, new_grid: bool) -> None:
-        """Bring the effective weights up to date; `new_grid` fits INT4 scales and zeros anew."""
+    def shipped(self) -> Tensor:
+        """Return the matrix as the checkpoint holds it: base and rounded delta in bfloat16."""
         for shipped, factor, dim in (
             (self.shipped_out, self.out, 0),
             (self.shipped_into, self.into, 1),
@@ -110,21 +111,37 @@ class DeltaLinear(nn.Module):
             codes, scale = eight_bits(factor, dim)
             shipped.copy_(codes.mul_(scale))
         weight = torch.addmm(self.base.float(), self.shipped_out, self.shipped_into)
-        if self.routed_dim is None:
-            weight = weight.bfloat16()
-        else:
+        if self.routed_dim is not None:
+            self._routed(weight).mul_(self.enlarged)
+        return weight.bfloat16().float()
+
+    @torch.no_grad()
+    def refresh(self, new_grid: bool, neurons: Tensor | None = None) -> None:
+        """Bring the effective weights up to date.
+
+        Args:
+            new_grid: fit INT4 scales and zeros anew.
+            neurons: by what the routed neurons are multiplied while they are rounded, [E * F].
+        """
+        weight = self.shipped()
+        if self.routed_dim is not None:
             part = self._routed(weight)
-            part.mul_(self.enlarged)
-            weight.copy_(weight.bfloat16())
-            if new_grid:
-                fit = quantize(part.contiguous().cpu(), self.group)
-                self.scale.copy_(fit.scale[..., None])
-                self.zero.copy_(fit.zero[..., None])
-            inverse = torch.where(self.scale == 0, 0.0, 1.0 / self.scale)  # as quantize does
-            groups = part.unflatten(1, (-1, self.group))
-            codes = torch.addcmul(self.zero, groups, inverse).round_().clamp_(0, MAX_CODE[4])
-            part.copy_(codes.sub_(self.zero).mul_(self.scale).flatten(1)).div_(self.enlarged)
+            scale = torch.ones(1, 1, device=weight.device)
+            if neurons is not None:
+                scale = neurons[:, None] if self.routed_dim == 0 else neurons[None]
+            self._round(part.mul_(scale), new_grid)
+            part.div_(scale * self.enlarged)
         self.effective.copy_(weight)
+
+    def _round(self, part: Tensor, new_grid: bool) -> None:
+        if new_grid:
+            fit = quantize(part.contiguous().cpu(), self.group)
+            self.scale.copy_(fit.scale[..., None])
+            self.zero.copy_(fit.zero[..., None])
+        inverse = torch.where(self.scale == 0, 0.0, 1.0 / self.scale)  # as quantize does
+        groups = part.unflatten(1, (-1, self.group))
+        codes = torch.addcmul(self.zero, groups, inverse).round_().clamp_(0, MAX_CODE[4])
+        part.copy_(codes.sub_(self.zero).mul_(self.scale).flatten(1))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.effective.dtype)
@@ -147,6 +164,15 @@ class CarvedBlock(nn.Module):
         self.down = DeltaLinear(mlp.down_proj.weight[:, order], rank, 1)
         self.router = nn.Parameter(recipe.router.clone())
         self.load = self.balance = torch.empty(0)
+
+    def refresh(self, new_grid: bool) -> None:
+        """Bring the effective weights up to date, balanced as a store's are (quant/balance)."""
+        gate, up = (linear.shipped()[SHARED_WIDTH:] for linear in (self.gate, self.up))
+        experts = zip(gate.split(EXPERT_WIDTH), up.split(EXPERT_WIDTH), strict=True)
+        loud = torch.cat([loudness(torch.cat(pair)) for pair in experts])
+        self.gate.refresh(new_grid)
+        self.up.refresh(new_grid, 1 / loud)
+        self.down.refresh(new_grid, loud)
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):  # in bfloat16 many scores would tie
@@ -175,7 +201,7 @@ def make_student(
 ) -> Any:
     """Return the student, begun at `recipe`, its large products in `dtype`, on dense's device.
 
-    Its effective weights are the dense ones until `refresh(True)` of every matrix.
+    Its effective weights are the dense ones until `refresh(student, True)`.
 
     Raises:
         SystemExit: a delta of the recipe does not fit into its rank.
@@ -216,6 +242,14 @@ def _matrix(layer: Any, name: str) -> DeltaLinear:
 def deltas_of(student: nn.Module) -> Iterator[DeltaLinear]:
     """Yield every matrix with a delta."""
     return (module for module in student.modules() if isinstance(module, DeltaLinear))
+
+
+def refresh(student: Any, new_grid: bool) -> None:
+    """Bring all effective weights up to date; `new_grid` fits INT4 scales and zeros anew."""
+    for layer in student.model.layers:
+        layer.mlp.refresh(new_grid)
+        for name in "qkvo":
+            _matrix(layer, name).refresh(new_grid)
 
 
 def digest_of(recipe: Recipe) -> str:

@@ -27,7 +27,7 @@ import torch
 from carve_smolmoe import add_options, carve_and_save
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from smolmoe_student import deltas_of, digest_of, make_student, recipe_of
+from smolmoe_student import digest_of, make_student, recipe_of, refresh
 from smolmoe_text import (
     SEQUENCE,
     cached_chats,
@@ -209,8 +209,7 @@ class Trainer:
         self.trained_s += time.perf_counter() - began
 
     def refresh(self, new_grid: bool) -> None:
-        for linear in deltas_of(self.student):
-            linear.refresh(new_grid)
+        refresh(self.student, new_grid)
 
     def evaluate(self, rows: Tensor) -> float:
         self.student.eval()

@@ -6,7 +6,9 @@ from dataclasses import asdict
 
 from fate_moe.cli import options
 from fate_moe.cli.app import app
-from fate_moe.cli.terminal import emit_json, guarded, say, show_table
+from fate_moe.cli.terminal import emit_json, guarded, say, show_table, stdout
+
+WIDE = 110  # columns
 
 
 @app.command()
@@ -29,16 +31,20 @@ def models(json_out: options.JsonOut = False) -> None:
     if json_out:
         emit_json({"transformers": table.versions, "families": [asdict(f) for f in table.families]})
         return
+    # A narrow terminal has room for one version beside the notes.
+    versions = (
+        table.versions if stdout.width >= WIDE or not stdout.is_terminal else table.versions[-1:]
+    )
     rows = [
         (
             family.model_type,
-            *(family.status.get(version, "") for version in table.versions),
+            *(family.status.get(version, "") for version in versions),
             family.predictor or "",
             family.note,
         )
         for family in table.families
     ]
-    show_table(("model type", *table.versions, "guessed by", "note"), rows)
+    show_table(("model type", *versions, "guessed by", "note"), rows)
     newest = table.versions[-1]
     exact = sum(family.status.get(newest) == "exact" for family in table.families)
     say(f"{exact} model types are exact with transformers {newest}\n")

@@ -26,6 +26,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from fate_moe.config import format_bytes
 from fate_moe.errors import CacheError, ConfigError, FateError
@@ -123,21 +124,24 @@ def show_rows(rows: list[tuple[str, str]], console: Console) -> None:
     table.add_column(style="bold cyan", justify="right", no_wrap=True)
     table.add_column(overflow="fold")
     for name, text in rows:
-        table.add_row(name, text)
+        table.add_row(Text(name), Text(text))  # a Text is taken literally: paths may have brackets
     console.print(table)
 
 
 def show_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Write rows under a head to stdout: drawn on a terminal, tab-separated elsewhere."""
+    """Write rows under a head to stdout: drawn on a terminal, tab-separated elsewhere.
+
+    The last column takes what width is left; the others are never broken.
+    """
     if not stdout.is_terminal:
         for row in (head, *rows):
             say("\t".join(row) + "\n")
         return
     table = Table(box=None, header_style="bold cyan", padding=(0, 2, 0, 0))
-    for name in head:
-        table.add_column(name, overflow="fold")
+    for place, name in enumerate(head, 1):
+        table.add_column(name, overflow="fold", no_wrap=place < len(head))
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(cell) for cell in row))
     stdout.print(table)
 
 

@@ -53,7 +53,9 @@ class History:
         return Prediction(layer, tuple(ranked[scores[ranked] > 0].tolist()), core)
 
     def learn(self, layer: int, chosen: Sequence[int]) -> None:
-        """Take in what a layer's router chose in this step."""
+        """Take in what a layer's router chose in this step; nothing is nothing to learn from."""
+        if not chosen:
+            return
         self._scores[layer] *= FADE
         self._scores[layer][list(chosen)] += 1
         self._last[layer] = len(chosen)

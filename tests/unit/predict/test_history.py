@@ -52,3 +52,11 @@ def test_a_token_takes_at_least_its_own_number() -> None:
     made = history(experts=8)  # width 2
     made.learn(1, [1, 2, 3, 4])
     assert made.next(0, ONE) == Prediction(1, (1, 2, 3, 4), 4)
+
+
+def test_a_step_that_chose_no_expert_teaches_nothing() -> None:
+    made = history()
+    made.learn(1, [1, 2])
+    before = made.next(0, ONE)
+    made.learn(1, [])
+    assert made.next(0, ONE) == before

@@ -15,6 +15,7 @@ from transformers import BatchEncoding
 
 from fate_moe.models.checkpoint import record_layout
 from fate_moe.models.expert_index import ExpertLayer
+from fate_moe.quant.balance import BALANCED, balance, loudness
 from fate_moe.quant.codec import decode, encode
 from fate_moe.reference.recipe import Delta, LayerRecipe, carve_ffn
 
@@ -80,9 +81,10 @@ def test_the_student_computes_with_what_ships(
     block, recipe, mlp = block_of(student)
     names = {"gate": block.gate, "up": block.up, "down": block.down}
     deltas = {}
-    for name, linear in names.items():
+    for linear in names.values():
         linear.out.data.normal_(std=0.02)
-        linear.refresh(True)
+    block.refresh(True)
+    for name, linear in names.items():
         deltas[name] = Delta.of(linear.out.data[None], linear.into.data[None]).layer(0)
     recipe = replace(recipe, shared_width=32, deltas=deltas)
     dense = (mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight)
@@ -96,10 +98,14 @@ def test_the_student_computes_with_what_ships(
     for expert in range(4):
         rows = slice(32 + 32 * expert, 64 + 32 * expert)
         own = [carved[f"experts.{expert}.{part}_proj.weight"] for part in names]
-        matrices = {"gate_up_proj": torch.cat(own[:2]), "down_proj": own[2]}
+        loud = loudness(torch.cat(own[:2]).float())
+        matrices = dict(zip(BALANCED, balance(torch.cat(own[:2]), own[2]), strict=True))
         stored = decode(layout, encode(layout, matrices), torch.float32)
-        assert torch.equal(torch.cat([gate[rows], up[rows]]), stored["gate_up_proj"])
-        torch.testing.assert_close(down[:, rows] * 2, stored["down_proj"], rtol=1e-6, atol=0)
+        quiet = stored["gate_up_proj"][32:] * loud[:, None]
+        assert torch.equal(gate[rows], stored["gate_up_proj"][:32])
+        torch.testing.assert_close(up[rows], quiet, rtol=1e-6, atol=0)
+        balanced = stored["down_proj"] / loud
+        torch.testing.assert_close(down[:, rows] * 2, balanced, rtol=1e-6, atol=0)
 
 
 def test_between_fits_the_grid_stays_and_the_codes_move(student: Any) -> None:
