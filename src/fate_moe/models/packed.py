@@ -231,12 +231,16 @@ class _Fp8:
     def band(self, shards: Shards, matrix: int, first: int, last: int) -> Tensor:
         start = (matrix * self.rows + first) * self.cols
         codes = shards.values(self.stored, start, (last - first) * self.cols).view(-1, self.cols)
-        scales = shards.values(self.scale, matrix * math.prod(self.grid), math.prod(self.grid))
-        scales = scales.float().view(self.grid)
+        height, width = self.block
+        top, bottom = first // height, (last - 1) // height + 1  # the rows of blocks in this band
+        at = matrix * math.prod(self.grid) + top * self.grid[1]
+        scales = shards.values(self.scale, at, (bottom - top) * self.grid[1])
+        scales = scales.float().view(bottom - top, self.grid[1])
         if not torch.isfinite(scales).all():
             raise FormatError(f"{_at(shards, self.scale)} holds NaN or infinity")
-        by_row = scales[torch.arange(first, last) // self.block[0]]
-        return codes.float().mul_(by_row.repeat_interleave(self.block[1], 1)[:, : self.cols])
+        by_row = scales[torch.arange(first, last) // height - top]
+        width = min(width, self.cols)  # a block may be far larger than the matrix
+        return codes.float().mul_(by_row.repeat_interleave(width, 1)[:, : self.cols])
 
     def _find_scale(self, shards: Shards, where: str) -> str:
         found = [
@@ -297,12 +301,13 @@ class _Mxfp4:
 
 
 def _find_fp8(shards: Shards, block: list[int] | None) -> list[_Packing]:
-    names = [name for name, tensor in shards.tensors.items() if tensor.dtype == "F8_E4M3"]
+    tensors = shards.tensors
+    names = [name for name, tensor in tensors.items() if tensor.dtype == "F8_E4M3"]
     found: list[_Packing] = [_Fp8(shards, name, block) for name in names]
-    for name in shards.tensors:
+    for name in tensors:
         target = name.removesuffix("_scale_inv")
-        if target != name and target not in names:
-            have = shards.tensors[target].dtype if target in shards.tensors else "missing"
+        have = tensors[target].dtype if target in tensors else "missing"
+        if target != name and have != "F8_E4M3":
             raise ModelError(f"{_at(shards, name)} scales {target}, which is {have}, not FP8")
     return found
 
@@ -312,7 +317,7 @@ def _find_mxfp4(shards: Shards) -> list[_Packing]:
     found: list[_Packing] = [_Mxfp4(shards, name) for name in names]
     for name in shards.tensors:
         target = name.removesuffix("_scales") + "_blocks"
-        if name.endswith("_scales") and target not in names:
+        if name.endswith("_scales") and target not in shards.tensors:
             raise ModelError(f"{_at(shards, name)} scales {target}, which is missing")
     return found
 

@@ -20,8 +20,8 @@ from fate_moe.store.format import CHECKSUM
 from fate_moe.store.header import load_json
 
 JOURNAL_FILE = "journal.json"
-
-
+# Written between two flushes: enough that waiting for the disk is rare, and little enough that no
+# flush lasts long or leaves much for the last one.
 _FLUSH_BYTES = 16 << 20
 
 

@@ -3,6 +3,8 @@
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -18,9 +20,10 @@ from fate_moe.errors import FormatError, ModelError
 from fate_moe.models import packed
 from fate_moe.models.checkpoint import open_checkpoint
 from fate_moe.models.load import own_memory, quiet_transformers
-from fate_moe.models.packed import Packed, plain_config, unpack
+from fate_moe.models.packed import Packed, _find_fp8, _find_mxfp4, plain_config, unpack
 from fate_moe.models.shards import Shards
 from fate_moe.models.weights import FLOATS, Weights
+from fate_moe.store.convert import SourceTensor
 from fate_moe.store.format import read_manifest
 from fate_moe.store.verify import verify
 from fate_moe.types import ExpertKey
@@ -441,3 +444,65 @@ def test_large_tensors_come_in_small_pieces(open_weights: Unpack) -> None:
     sizes = [len(piece) for piece in flipped.pieces("a")]
     assert sum(sizes) == 2 * 1600 * 2880 * 2
     assert max(sizes) <= 8 << 20
+
+
+@pytest.mark.parametrize("block", [[1, 1 << 20], [1 << 20, 1], [1 << 20, 1 << 20], [1, 1], [3, 70]])
+@pytest.mark.usefixtures("small_bands")
+def test_blocks_of_any_size(block: list[int], open_weights: Unpack) -> None:
+    torch.manual_seed(2)
+    codes, scales = to_fp8(torch.randn(2, 40, 70) * torch.logspace(-2, 2, 70), block)
+    weights = open_weights({"a": codes, "a_scale_inv": scales}, FP8 | {"weight_block_size": block})
+    want = (codes.float() * spread(scales, block, 40, 70)).bfloat16()
+    assert torch.equal(weights.load("a"), want)
+
+
+def test_a_block_larger_than_its_matrix_is_not_spread_out(
+    open_weights: Unpack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes = torch.ones(64, 70).to(torch.float8_e4m3fn)
+    weights = open_weights(
+        {"a": codes, "a_scale_inv": torch.ones(64, 1)}, FP8 | {"weight_block_size": [1, 1 << 20]}
+    )
+    spread_to: list[int] = []
+    real = Tensor.repeat_interleave
+
+    def spy(scales: Tensor, times: int, dim: int) -> Tensor:
+        spread_to.append(scales.shape[0] * scales.shape[1] * times)
+        assert spread_to[-1] <= 64 * 70 * 2
+        return real(scales, times, dim)
+
+    monkeypatch.setattr(Tensor, "repeat_interleave", spy)
+    assert torch.equal(weights.load("a"), torch.ones(64, 70).bfloat16())
+    assert spread_to
+
+
+class _CountedName(str):
+    """A tensor name that counts how often any is compared with another."""
+
+    __slots__ = ()
+    compared = 0
+
+    def __eq__(self, other: object) -> bool:
+        _CountedName.compared += 1
+        return str.__eq__(self, other)
+
+    __hash__ = str.__hash__
+
+
+@pytest.mark.parametrize("kind", ["FP8", "MXFP4"])
+def test_pairing_scales_takes_time_in_proportion(kind: str, tmp_path: Path) -> None:
+    pair: dict[str, tuple[str, tuple[int, ...]]]
+    if kind == "FP8":
+        pair = {"": ("F8_E4M3", (2, 2)), "_scale_inv": ("F32", (1, 1))}
+    else:
+        pair = {"_blocks": ("U8", (2, 8, 3, 16)), "_scales": ("U8", (2, 8, 3))}
+    tensors = {
+        (name := _CountedName(f"{i}{end}")): SourceTensor(name, *what)
+        for i in range(25_000)
+        for end, what in pair.items()
+    }
+    _CountedName.compared = 0
+    shards = cast("Shards", SimpleNamespace(tensors=tensors, where=lambda name: tmp_path))
+    found = _find_fp8(shards, [128, 128]) if kind == "FP8" else _find_mxfp4(shards)
+    assert len(found) == 25_000
+    assert 0 < _CountedName.compared < 20 * len(tensors)
