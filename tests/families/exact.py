@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import transformers
@@ -19,9 +20,11 @@ from transformers.models.auto.configuration_auto import (
 )
 
 from fate_moe.config import make_config
-from fate_moe.engine import Engine, build
+from fate_moe.engine import Engine, build, generate
+from fate_moe.engine.demands import PREFILL_CHUNK_TOKENS
 from fate_moe.engine.generate import Conversation, Sampling
 from fate_moe.engine.prepare import convert_model
+from fate_moe.models.kv_cache import new_cache, tensors_of
 from fate_moe.models.load import load_tokenizer, quiet_transformers
 from fate_moe.models.seam import UNDECORATED, find_experts
 from fate_moe.quant.codec import decode
@@ -143,6 +146,7 @@ def compare(model_type: str, store: Path, reference: Any) -> Outcome:
         same_logits(engine.model, reference)
         if generates(reference):
             same_answers(engine, reference, load_tokenizer(store))
+        room_for_what_is_cached(engine, reference)
         report = engine.report()
         assert report.misses > 0
         # Slots were used again: by what the policy evicted, or by guess after guess.
@@ -166,17 +170,49 @@ def same_logits(model: Any, reference: Any) -> None:
 
 
 def same_answers(engine: Engine, reference: Any, tokenizer: Any) -> None:
-    """Compare greedy answers: to a prompt, and to one that begins like it."""
-    talk = Conversation(engine, tokenizer)
-    for prompt in PROMPTS:
-        have = talk.ask(prompt, Sampling(max_new_tokens=NEW_TOKENS)).token_ids
-        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-        with torch.no_grad():
-            want = reference.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS,
-                do_sample=False,
-            )[0, ids.shape[1] :]  # fmt: skip
-        assert list(have) == want.tolist(), f"answers differ to {prompt!r}"
+    """Compare greedy answers: to a prompt, to one that begins like it, and to the next turn.
+
+    Once more with prompts in pieces: a family whose code cannot go on from what it has read must
+    not be asked to.
+    """
+    for chunk_tokens in (PREFILL_CHUNK_TOKENS, 4):
+        with patch.object(generate, "PREFILL_CHUNK_TOKENS", chunk_tokens):
+            talk = Conversation(engine, tokenizer)
+            for prompt in PROMPTS:
+                ids = tokenizer(prompt)["input_ids"]
+                answer = same_answer(talk, prompt, ids, reference)
+            # Tokens, for a random model's answer need not read back as the same ones.
+            longer = [*ids, *answer, *tokenizer(" and so on")["input_ids"]]
+            with patch.object(talk, "_encode", return_value=longer):
+                same_answer(talk, "the next turn", longer, reference)
+
+
+def same_answer(talk: Conversation, prompt: str, ids: list[int], reference: Any) -> list[int]:
+    """Compare one greedy answer, return its tokens."""
+    have = list(talk.ask(prompt, Sampling(max_new_tokens=NEW_TOKENS)).token_ids)
+    tokens = torch.tensor([ids])
+    with torch.no_grad():
+        want = reference.generate(
+            input_ids=tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+        )[0, len(ids) :]  # fmt: skip
+    assert have == want.tolist(), f"answers differ to {prompt!r}"
+    return have
+
+
+@torch.no_grad()
+def room_for_what_is_cached(engine: Engine, reference: Any) -> None:
+    """Hold the planned bytes of the cache against what it holds."""
+    model, skeleton = engine.model, engine.blueprint.skeleton
+    for tokens in (PROMPT_TOKENS, 2 * PROMPT_TOKENS, 5 * PROMPT_TOKENS):
+        cache = new_cache(model)
+        ids = torch.arange(3, 3 + tokens)[None]
+        out = model(input_ids=ids, past_key_values=cache, use_cache=True)
+        if cache is None and generates(reference):
+            cache = out.past_key_values
+        have = sum(tensor.nbytes for tensor in tensors_of(cache))
+        planned = skeleton.kv_bytes(tokens, model.dtype)
+        assert have <= planned <= 4 * have, f"{tokens} tokens: {have} held, {planned} planned"
 
 
 def put_back(store: Path, model: Any) -> None:

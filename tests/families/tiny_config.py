@@ -42,7 +42,6 @@ _KEPT_WHOLE = (
 
 _MOE_BLOCK = {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 3,
               "moe_intermediate_size": 32}  # fmt: skip
-_THIRD = {"rope_type": "default", "rope_theta": 5e4, "partial_rotary_factor": 1 / 3}
 ADJUSTED: dict[str, dict[str, Any]] = {
     "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", *["sparse"] * 3],
                                       "num_experts_per_tok": 3}},
@@ -53,8 +52,7 @@ ADJUSTED: dict[str, dict[str, Any]] = {
     "dots3_note": {
         "audio_config": {"adapter_input_size": 64, "adapter_out_dim": 64},
         "vision_config": {"adapter_in_dim": 64, "adapter_out_dim": 64},
-        "text_config": {"head_dim": 24, "rope_parameters": {"sliding_attention": _THIRD,
-                                                            "indexed_attention": _THIRD}},
+        "text_config": {"head_dim": 32},
     },
     "ernie4_5_vl_moe": {"text_config": {"rope_parameters": {"mrope_section": [3, 3, 2]},
                                         "moe_intermediate_size": [32, 32]}},
@@ -104,7 +102,7 @@ def _shrink(fields: Mapping[str, Any]) -> dict[str, Any]:
         if name == "per_layer_config" and value:
             by_layer = {int(layer): one for layer, one in value.items()}
             out[name] = {
-                str(new): _shrink(by_layer[old])
+                str(new): _shrink_layer(by_layer[old], fields)
                 for new, old in enumerate(kept or range(LAYERS))
                 if old in by_layer
             }
@@ -116,10 +114,24 @@ def _shrink(fields: Mapping[str, Any]) -> dict[str, Any]:
             out[name] = _size(str(name), value)
     if out.get("qk_rope_head_dim"):
         out |= {"head_dim": 8, "qk_head_dim": 24}
+    return _as_many_heads(out, fields)
+
+
+def _as_many_heads(out: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
     heads = "num_key_value_heads", "num_attention_heads"
     if heads[0] in fields and fields[heads[0]] == fields.get(heads[1]):
         out[heads[0]] = out[heads[1]]
     return out
+
+
+def _shrink_layer(layer: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Shrink what a layer has of its own; twice the others' size stays twice theirs."""
+    out = _shrink(layer)
+    for name, value in layer.items():
+        default = fields.get(name)
+        if type(value) is int and type(default) is int and value and default:
+            out[name] = max(1, _size(name, default) * value // default)
+    return _as_many_heads(out, layer)
 
 
 def _size(name: str, value: Any) -> Any:

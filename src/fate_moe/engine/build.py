@@ -23,7 +23,8 @@ from fate_moe.engine.handle import Engine
 from fate_moe.engine.plan import Blueprint, draw
 from fate_moe.errors import ConfigError, FormatError
 from fate_moe.memory import Arena
-from fate_moe.models.load import chunks_continue, load_residents
+from fate_moe.models.kv_cache import chunks_continue
+from fate_moe.models.load import load_residents
 from fate_moe.models.seam import MoESite
 from fate_moe.moe import MoELayer
 from fate_moe.predict import Predictor, make_predictor

@@ -56,7 +56,7 @@ def demands_of(
         base_bytes=rss_bytes(),
         weights_bytes=sum(sizes),
         load_bytes=manifest.resident.bytes + max(sizes) + _MARGIN_BYTES,
-        kv_bytes=skeleton.kv_bytes_per_token(dtype) * context,
+        kv_bytes=skeleton.kv_bytes(context, dtype),
         workspace_bytes=_workspace_bytes(manifest, skeleton, shapes, dtype, context)
         + _score_bytes(skeleton, scored),
         slot_bytes=max(layer.record_bytes for layer in manifest.layers),
@@ -85,7 +85,7 @@ def _workspace_bytes(
     manifest: Manifest, skeleton: Skeleton, shapes: Shapes, dtype: torch.dtype, context: int
 ) -> int:
     vocabulary = skeleton.vocabulary
-    tokens = min(PREFILL_CHUNK_TOKENS, context)
+    tokens = context if skeleton.prefills_whole else min(PREFILL_CHUNK_TOKENS, context)
     widths = [s[0] for s in shapes if len(s) == 2 and s[0] != vocabulary]  # [out, in]
     per_token = (
         (12 + skeleton.top_k) * skeleton.hidden  # live hidden states and the experts' parts

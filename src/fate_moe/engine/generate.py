@@ -17,7 +17,8 @@ from torch import Tensor
 from fate_moe.engine.demands import PREFILL_CHUNK_TOKENS
 from fate_moe.engine.handle import Engine
 from fate_moe.errors import ConfigError, ModelError
-from fate_moe.models.load import new_cache, quiet_transformers
+from fate_moe.models.kv_cache import new_cache
+from fate_moe.models.load import quiet_transformers
 
 OnText = Callable[[str], None]
 Message = dict[str, str]
@@ -162,7 +163,9 @@ class Conversation:
         """
         while self._kv is not None and len(new_ids) > PREFILL_CHUNK_TOKENS:
             piece = torch.tensor([new_ids[:PREFILL_CHUNK_TOKENS]])
-            self.engine.model(input_ids=piece, past_key_values=self._kv, logits_to_keep=1)
+            self.engine.model(
+                input_ids=piece, past_key_values=self._kv, use_cache=True, logits_to_keep=1
+            )
             new_ids = new_ids[PREFILL_CHUNK_TOKENS:]
 
     def _generate(
@@ -172,10 +175,9 @@ class Conversation:
             torch.manual_seed(sampling.seed)
         tokens = torch.tensor([ids])
         greedy = sampling.temperature == 0
-        # Nothing but what the user named: no top-k of 50, no penalty from the checkpoint.
-        choice: dict[str, float] = {"repetition_penalty": 1.0}
-        if not greedy:
-            choice |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        choice: dict[str, float] = {}
+        if not greedy:  # nothing but what the user named: no top-k of 50
+            choice = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         out: Tensor = self.engine.model.generate(
             input_ids=tokens,
             attention_mask=torch.ones_like(tokens),

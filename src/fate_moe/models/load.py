@@ -19,6 +19,7 @@ from torch import nn
 
 from fate_moe.errors import ModelError
 from fate_moe.models.families import REFUSED
+from fate_moe.models.kv_cache import kv_bytes, most_of, new_cache
 from fate_moe.models.seam import MoESite, experts_left_out, find_sites
 
 _AUTO_CLASSES = (
@@ -49,46 +50,42 @@ class Skeleton:
     @property
     def hidden(self) -> int:
         """D, the width of the residual stream."""
-        return int(self._text.hidden_size)
+        return most_of(self._text, "hidden_size")
 
     @property
     def vocabulary(self) -> int:
         """V, tokens that the model knows."""
-        return int(self._text.vocab_size)
+        return most_of(self._text, "vocab_size")
 
     @property
     def max_context(self) -> int:
         """Most tokens the model was made for."""
-        return int(getattr(self._text, "max_position_embeddings", 2**20))
+        return most_of(self._text, "max_position_embeddings") or 2**20
 
     @property
     def top_k(self) -> int:
         """K, experts per token."""
         for name in ("num_experts_per_tok", "moe_top_k", "moe_topk", "moe_k", "top_k_experts"):
-            value = getattr(self._text, name, None)
-            if isinstance(value, int):
+            if value := most_of(self._text, name):
                 return value
         raise ModelError(
             f"{self.config.model_type}: the config does not say how many experts a token takes"
         )
 
-    def kv_bytes_per_token(self, dtype: torch.dtype) -> int:
-        """Bytes of key/value cache that one token takes over all layers, at most."""
-        text = self._text
-        heads = int(text.num_attention_heads)
-        head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
-        if getattr(text, "kv_lora_rank", None):  # latent attention, cached expanded
-            per_layer = heads * (text.qk_nope_head_dim + text.qk_rope_head_dim + text.v_head_dim)
-        else:
-            kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
-            per_layer = 2 * kv_heads * head_dim
-        return int(text.num_hidden_layers * per_layer * dtype.itemsize)
+    def kv_bytes(self, tokens: int, dtype: torch.dtype) -> int:
+        """Bytes of key/value cache that a conversation of so many tokens takes, at most."""
+        return kv_bytes(self.module, tokens, dtype)
+
+    @property
+    def prefills_whole(self) -> bool:
+        """Whether a prompt goes through in one piece: its cache takes it in no other way."""
+        return new_cache(self.module) is None
 
     @property
     def mask_rows(self) -> int:
         """Score rows that attention keeps per token of a chunk: one per head where it is eager."""
         eager = not getattr(self.module, "_supports_sdpa", True)
-        return 2 * int(self._text.num_attention_heads) if eager else 1
+        return 2 * most_of(self._text, "num_attention_heads") if eager else 1
 
     @property
     def _text(self) -> Any:
@@ -178,11 +175,12 @@ def load_residents(
         ModelError: a tensor is missing, unexpected or of the wrong shape.
     """
     auto = _auto_class(skeleton.config)
+    generation = _generation_config(folder, skeleton)
     with quiet_transformers(), experts_left_out(skeleton.module):
         try:
             model, info = auto.from_pretrained(
                 folder, dtype=dtype, output_loading_info=True, local_files_only=True,
-                trust_remote_code=False, use_safetensors=True,
+                trust_remote_code=False, use_safetensors=True, generation_config=generation,
             )  # fmt: skip
         except (OSError, ValueError, RuntimeError) as error:
             raise ModelError(f"{folder}: {_first_line(error)}") from error
@@ -194,8 +192,40 @@ def load_residents(
                 " convert the model again"
             )
     own_memory(model, whole=dtype is skeleton.dtype)
+    if model.can_generate():
+        model.generation_config = generation
     model.eval()
     return model, find_sites(model, skeleton.hidden, dtype)
+
+
+def _generation_config(folder: Path, skeleton: Skeleton) -> Any:
+    """Return transformers' defaults with the folder's special tokens, and nothing else of its file.
+
+    The file could ask for beams, guidance or another cache: more memory than was planned, and
+    other tokens than the caller asked for. How tokens are chosen is the caller's to say.
+    """
+    from transformers import GenerationConfig
+
+    fields, config = _read_fields(folder / "generation_config.json"), skeleton.config
+    kept = {}
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        for said in (fields.get(name), *(getattr(c, name, None) for c in (skeleton._text, config))):
+            given = said if isinstance(said, list) else [said]
+            ids = [i for i in given if type(i) is int and 0 <= i < skeleton.vocabulary]
+            if ids:
+                kept[name] = ids if name == "eos_token_id" and len(ids) > 1 else ids[0]
+                break
+    return GenerationConfig(**kept)
+
+
+def _read_fields(file: Path) -> dict[str, Any]:
+    """Read a small JSON object; what is absent or none is empty."""
+    try:
+        with file.open("rb") as stream:
+            fields = json.loads(stream.read(_MAX_CONFIG_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return fields if isinstance(fields, dict) else {}
 
 
 def own_memory(model: nn.Module, *, whole: bool) -> None:
@@ -212,31 +242,6 @@ def own_memory(model: nn.Module, *, whole: bool) -> None:
         for tensor in (*model.parameters(), *model.buffers()):
             if whole or tensor.numel() * tensor.itemsize <= _SMALL_BYTES:
                 tensor.data = tensor.data.clone()
-
-
-def chunks_continue(model: Any) -> bool:
-    """Say whether transformers' chunked prefill goes on from a cache that holds tokens already.
-
-    5.14 starts over and reads them twice; 5.23 is known to go on.
-    """
-    from transformers import __version__
-
-    major, minor = (int(part) for part in __version__.split(".")[:2])
-    return (major, minor) >= (5, 23) and _takes_dynamic_cache(model)
-
-
-def new_cache(model: Any) -> Any | None:
-    """Make an empty key/value cache; None where the family makes one of its own kind."""
-    from transformers import DynamicCache
-
-    if not _takes_dynamic_cache(model):
-        return None
-    return DynamicCache(config=model.config.get_text_config(decoder=True))
-
-
-def _takes_dynamic_cache(model: Any) -> bool:
-    # Not public, but it is what `generate` itself goes by.
-    return bool(model.can_generate() and model._supports_default_dynamic_cache())
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -1,6 +1,8 @@
 """Loading, reporting, closing."""
 
 import gc
+import json
+import shutil
 import threading
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import pytest
 import torch
 
 import fate_moe
+from fate_moe.engine import Engine
 from fate_moe.engine.generate import Conversation, Sampling
 from fate_moe.errors import CacheError, ConfigError
 from fate_moe.models.load import load_tokenizer
@@ -81,7 +84,7 @@ def test_a_prompt_longer_than_a_chunk_is_split(
     tiny_store: Path, open_engine: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from fate_moe.engine import generate
-    from fate_moe.models.load import chunks_continue
+    from fate_moe.models.kv_cache import chunks_continue
 
     engine = open_engine(tiny_store, experts="50%")
     chunk = engine.model.generation_config.prefill_chunk_size
@@ -97,6 +100,50 @@ def test_a_prompt_longer_than_a_chunk_is_split(
     split = talk.ask("x" * 100, Sampling(max_new_tokens=6))
     assert seen[:4] == [32, 32, 32, 4]
     assert split.token_ids == whole.token_ids
+
+
+def test_a_checkpoint_does_not_say_how_tokens_are_chosen(
+    tiny_store: Path, tmp_path: Path, open_engine: Open
+) -> None:
+    """Only special tokens are taken from generation_config.json, and only those there are."""
+    store = Path(shutil.copytree(tiny_store, tmp_path / "store"))
+    fields = {
+        "guidance_scale": 3.0, "num_beams": 4, "cache_implementation": "static",
+        "stop_strings": ["e"], "dola_layers": "high", "use_cache": False, "top_k": 50,
+        "repetition_penalty": 2.0, "do_sample": True, "assistant_early_exit": 1,
+        "eos_token_id": [256, 10**6, -1, True, "x", 5], "pad_token_id": "pad", "bos_token_id": 3,
+    }  # fmt: skip
+    plain = ask(open_engine(tiny_store, experts="50%"), tiny_store)
+    for hostile in (json.dumps(fields), "[1]", "{", "[" * 10**5):
+        (store / "generation_config.json").write_text(hostile)
+        engine = open_engine(store, experts="50%")
+        assert ask(engine, store) == plain
+        kept = engine.model.generation_config
+        assert kept.to_diff_dict().keys() <= {
+            "bos_token_id", "eos_token_id", "pad_token_id", "prefill_chunk_size",
+            "transformers_version",
+        }  # fmt: skip
+        if hostile[0] == "{" != hostile:
+            assert (kept.bos_token_id, kept.eos_token_id) == (3, [256, 5])
+
+
+def ask(engine: Engine, store: Path) -> tuple[int, ...]:
+    talk = Conversation(engine, load_tokenizer(store))
+    return talk.ask("one for all", Sampling(max_new_tokens=6)).token_ids
+
+
+def test_a_family_that_reads_whole_prompts_is_planned_for_them(
+    tiny_store: Path, open_engine: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fate_moe.engine.demands.PREFILL_CHUNK_TOKENS", 32)
+    engine = open_engine(tiny_store, experts="50%", context_tokens=256)
+    pieces, hidden = engine.blueprint.memory.demands, engine.blueprint.skeleton.hidden
+    monkeypatch.setattr("fate_moe.models.load.new_cache", lambda model: None)
+    engine = open_engine(tiny_store, experts="50%", context_tokens=256)
+    whole = engine.blueprint.memory.demands
+    # The hidden states alone of the other tokens: 12 at once, in float32.
+    assert whole.workspace_bytes - pieces.workspace_bytes > (256 - 32) * 12 * hidden * 4
+    assert whole.kv_bytes == pieces.kv_bytes
 
 
 @pytest.mark.parametrize(
