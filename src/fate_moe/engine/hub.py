@@ -1,7 +1,8 @@
 """How does a hub id become a folder on this machine?
 
-In two steps: first what is small, so that a model that cannot be converted costs no gigabytes; then
-exactly the safetensors that its index names. Never code, pickles, or copies in other formats.
+In two steps: first what is small, by the sizes that the hub states, so that a model that cannot be
+converted costs no gigabytes; then exactly the safetensors that make it up. Never code, pickles, or
+copies in other formats.
 huggingface_hub does the rest: it keeps HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE, takes a
 lost connection up at the byte where it broke, and leaves finished files for the next call.
 """
@@ -12,13 +13,15 @@ import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from threading import Event, Lock
 from typing import Any
 
 from fate_moe.errors import ModelError
 from fate_moe.models.checkpoint import check_config
-from fate_moe.models.shards import promised_files
+from fate_moe.models.shards import SINGLE_FILE, promised_files
+from fate_moe.store.small_files import small_enough
 from fate_moe.store.space import check_space
 from fate_moe.types import Progress, no_progress
 
@@ -48,17 +51,20 @@ def download(model: str, revision: str | None, progress: Progress = no_progress)
     """
     stop = Event()
     with _readable_errors(model, revision):
-        folder = _fetch(model, revision, _SMALL, _NESTED, _bar(no_progress, 0, stop))
-        if not (folder / "config.json").is_file():
+        commit, published = _published(model, revision)
+        if "config.json" not in published:
             raise ModelError(
                 f"{model}: the repository has no config.json; "
                 "only transformers checkpoints in safetensors are read"
             )
+        sizes = {name: size for name, size in published.items() if name != SINGLE_FILE}
+        small = tuple(map(escape, small_enough(sizes, model)))
+        folder = _fetch(model, commit, small, (), _bar(no_progress, 0, stop))
         check_config(folder)
-        files = promised_files(folder)
-        need_bytes = _check_space(model, folder.name, files)
+        files = promised_files(folder, published)
+        need_bytes = _check_space(model, commit, files)
         bar = _bar(progress, need_bytes, stop)
-        return _interruptibly(lambda: _fetch(model, folder.name, files, (), bar), stop)
+        return _interruptibly(lambda: _fetch(model, commit, files, (), bar), stop)
 
 
 def commit_of(folder: Path) -> str | None:
@@ -66,6 +72,37 @@ def commit_of(folder: Path) -> str | None:
     name = folder.resolve().name
     is_snapshot = folder.resolve().parent.name == "snapshots" and _COMMIT.fullmatch(name)
     return name if is_snapshot else None
+
+
+def _published(model: str, revision: str | None) -> tuple[str, dict[str, int | None]]:
+    """Return the commit, and name -> bytes of its small files and of its weights in one file.
+
+    Where the hub cannot be asked, they are those of the commit that is on this machine.
+    """
+    from huggingface_hub.errors import DryRunError, LocalEntryNotFoundError
+    from huggingface_hub.utils import filter_repo_objects
+
+    wanted, unwanted = [*_SMALL, SINGLE_FILE], list(_NESTED)
+    try:
+        found = _dry_run(model, revision, wanted, unwanted)
+    except (DryRunError, LocalEntryNotFoundError):
+        folder = _fetch(model, revision, ("config.json",), (), _bar(no_progress, 0, Event()))
+        here = [path for path in folder.rglob("*") if path.is_file()]
+        sizes: dict[str, int | None]
+        sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in here}
+        kept = filter_repo_objects(sizes, allow_patterns=wanted, ignore_patterns=unwanted)
+        return folder.name, {name: sizes[name] for name in kept}
+    return found[0].commit_hash if found else "", {f.filename: f.file_size for f in found}
+
+
+def _dry_run(model: str, revision: str | None, wanted: list[str], unwanted: list[str]) -> list[Any]:
+    from huggingface_hub import snapshot_download
+
+    found = snapshot_download(
+        model, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted, dry_run=True,
+        tqdm_class=_bar(no_progress, 0, Event()),
+    )  # fmt: skip
+    return list(found)
 
 
 def _fetch(
@@ -82,13 +119,9 @@ def _fetch(
 
 def _check_space(model: str, commit: str, files: tuple[str, ...]) -> int:
     """Return the bytes that are still to be fetched, once they are known to fit on the disk."""
-    from huggingface_hub import snapshot_download
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    found = snapshot_download(
-        model, revision=commit, allow_patterns=list(files), dry_run=True,
-        tqdm_class=_bar(no_progress, 0, Event()),
-    )  # fmt: skip
+    found = _dry_run(model, commit, list(files), [])
     need = sum(file.file_size or 0 for file in found if file.will_download)
     hint = "free some space, or let HF_HOME name a folder on another disk; the store comes on top"
     check_space(Path(HF_HUB_CACHE), need, f"{model} is downloaded there: {hint}")
@@ -150,7 +183,8 @@ def _readable_errors(model: str, revision: str | None) -> Iterator[None]:
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise ModelError(
-            f"{model}: the hub has no such model, or it is private; check the name, or {_LOGIN}"
+            f"{model}: the hub has no such model, or it is private; check the name, or {_LOGIN}; "
+            f"no folder {model} here"
         ) from error
     except errors.RevisionNotFoundError as error:
         raise ModelError(
@@ -164,7 +198,8 @@ def _readable_errors(model: str, revision: str | None) -> Iterator[None]:
         why = f"the hub answers {status}" if status else "the hub cannot be reached"
         raise ModelError(
             f"{model}: not, or not completely, on this machine and {why}; "
-            "check the network and HF_HUB_OFFLINE, or give the folder of a downloaded model"
+            "check the network and HF_HUB_OFFLINE, or give the folder of a downloaded model; "
+            f"no folder {model} here"
         ) from error
     except (errors.HTTPError, OSError, RuntimeError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

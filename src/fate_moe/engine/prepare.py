@@ -30,6 +30,7 @@ from fate_moe.types import Progress, no_progress
 DEFAULT_GROUP = 64
 DEFAULT_BITS = 4
 BITS = (4, 8, 16)
+_LIKE_SETTINGS = re.compile(r"@(4|8|16)bit(-minmax)?$")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -139,8 +140,11 @@ def cached_store(
     folder = _local(model)
     whole = model if revision is None else f"{model}@{revision}"
     name = re.sub(r"[^A-Za-z0-9.@_-]+", "--", whole).strip("-.")[-80:] or "model"
-    if folder is not None:  # two folders of one name must not share a store
-        name += "-" + hashlib.blake2b(bytes(folder.resolve()), digest_size=4).hexdigest()
+    # Two models must not share a store: folders of one name, or ids that become one name.
+    if folder is not None:
+        name += "-" + _short_digest(bytes(folder.resolve()))
+    elif name.replace("--", "/") != whole or _LIKE_SETTINGS.search(whole):
+        name += "-" + _short_digest(whole.encode(errors="surrogatepass"))
     if settings != _settings(DEFAULT_BITS, fitted=True):
         name += f"@{settings}"
     return cache_dir / "stores" / name
@@ -189,6 +193,10 @@ def find_checkpoint(
     if _HUB_ID.fullmatch(model):
         return download(model, revision, progress)
     raise ModelError(f"{model}: no such folder; give {SMOLMOE}, a folder, or a hub id (owner/name)")
+
+
+def _short_digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=4).hexdigest()
 
 
 def _settings(bits: int, fitted: bool) -> str:

@@ -7,6 +7,7 @@ checked before the first weight is read; one expert's weights at a time are in m
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property, partial
@@ -18,25 +19,25 @@ from torch import Tensor
 
 from fate_moe.errors import FormatError, ModelError
 from fate_moe.models import gguf
+from fate_moe.models.config_bounds import check_counts
 from fate_moe.models.expert_index import ExpertIndex, ExpertLayer, experts_of, index_experts
 from fate_moe.models.gguf_config import write_config
 from fate_moe.models.gguf_names import read_names
 from fate_moe.models.gguf_tokenizer import check_tokenizer, write_tokenizer
 from fate_moe.models.load import read_skeleton
 from fate_moe.models.packed import check_method, plain_config, unpack
-from fate_moe.models.shards import Shards, file_digest, read_json
+from fate_moe.models.shards import Shards, read_json
 from fate_moe.models.weights import FLOATS, Weights
 from fate_moe.quant.balance import BALANCED, balance
 from fate_moe.quant.codec import encode
 from fate_moe.quant.grid import Grid
 from fate_moe.quant.quantize import Quantized
 from fate_moe.quant.record import BiasSpec, MatrixSpec, RecordLayout, choose_group
-from fate_moe.store.convert import SourceLayer, SourceTensor, small_files
+from fate_moe.store.convert import SourceLayer, SourceTensor
 from fate_moe.store.format import Source, is_store
 from fate_moe.store.header import ITEM_BYTES
+from fate_moe.store.small_files import read_small, small_files
 from fate_moe.types import ExpertKey
-
-MAX_CONFIG_COUNT = 1 << 16  # layers or experts in a config: building the skeleton takes as long
 
 
 def open_checkpoint(
@@ -60,7 +61,7 @@ def open_checkpoint(
         revision: hub commit, if known.
     Raises:
         ModelError: no MoE, an unsupported family, a packing other than FP8 and MXFP4, a missing
-            shard or expert tensor.
+            shard or expert tensor, a config or tokenizer file that is too large or cannot be read.
         FormatError: a file breaks its format.
     Memory: headers only; no weight is read.
     """
@@ -70,11 +71,10 @@ def open_checkpoint(
             fitted=fitted,
         )  # fmt: skip
     family, packing = _check_config(folder)
+    files = {name: _digest(folder / name) for name in small_files(folder)}
     weights = unpack(Shards(folder), folder, packing)
     index = index_experts(read_skeleton(folder).module, family, weights)
-    files = {name: file_digest(folder / name) for name in small_files(folder)} | dict(
-        weights.digests
-    )
+    files |= weights.digests
     name = source_id or folder.resolve().name
     origin = Source(name, revision, files)
     return CheckpointSource(folder, origin, weights, index, group=group, bits=bits, fitted=fitted)
@@ -94,7 +94,7 @@ def _open_gguf(
         weights = gguf.GgufWeights(model, read_names(model, skeleton))
         index = index_experts(skeleton, family, weights)
         # The tokenizer's files follow from the GGUF; how they look is transformers' affair.
-        config = {"config.json": file_digest(folder / "config.json")}
+        config = {"config.json": _digest(folder / "config.json")}
         origin = replace(origin, files=config | dict(weights.digests))
         source = CheckpointSource(
             folder, origin, weights, index, group=group, bits=bits, fitted=fitted
@@ -285,7 +285,7 @@ class CheckpointSource:
 
     def small_file(self, name: str) -> bytes:
         """Read one of `small_files`; a config without what no longer holds of the weights."""
-        data = (self._folder / name).read_bytes()
+        data = read_small(self._folder / name)
         return plain_config(data) if name == "config.json" else data
 
     def close(self) -> None:
@@ -363,14 +363,15 @@ def _check_config(folder: Path) -> tuple[str, object]:
     if is_store(folder):
         raise ModelError(f"{folder}: is already a store")
     fields = read_json(folder / "config.json")
+    check_counts(folder / "config.json", fields)
     packing = None
     for part in (fields, *(value for value in fields.values() if isinstance(value, dict))):
         packing = part.get("quantization_config") if packing is None else packing
-        for name, value in part.items():
-            is_count = "layers" in name or "experts" in name
-            if is_count and isinstance(value, int) and abs(value) > MAX_CONFIG_COUNT:
-                raise FormatError(f"{folder / 'config.json'}: {name} is {value}")
     family = fields.get("model_type")
     if not isinstance(family, str):
         raise ModelError(f"{folder / 'config.json'}: model_type is {family!r:.80}")
     return family, packing
+
+
+def _digest(path: Path) -> str:
+    return hashlib.blake2b(read_small(path), digest_size=16).hexdigest()

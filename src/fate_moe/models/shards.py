@@ -11,7 +11,7 @@ import hashlib
 import os
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -56,7 +56,8 @@ class Shards:
         self.digests: dict[str, str] = {}
         self._open_files: dict[Path, BinaryIO] = {}
         self._lock = threading.Lock()  # one opens a file; one seeks, where preadv is missing
-        promised = _weight_map(folder)
+        names = (name for name in (SINGLE_FILE, INDEX_FILE) if (folder / name).is_file())
+        promised = _weight_map(folder, frozenset(names))
         for name in sorted(set(promised.values())):
             self._add(folder / name)
         for key, name in promised.items():
@@ -169,15 +170,17 @@ class Shards:
             return int(file.readinto(target))  # type: ignore[attr-defined]
 
 
-def promised_files(folder: Path) -> tuple[str, ...]:
-    """Name the safetensors of a checkpoint of which perhaps only the index is there.
+def promised_files(folder: Path, published: Container[str]) -> tuple[str, ...]:
+    """Name the safetensors of a checkpoint of which no weights are here yet.
 
+    Args:
+        folder: holds the index, if there is one.
+        published: names of the files that the whole checkpoint has.
     Raises:
+        ModelError: it has no safetensors.
         FormatError: the index breaks its format.
     """
-    if not (folder / INDEX_FILE).is_file():
-        return (SINGLE_FILE,)
-    return tuple(sorted(set(_read_index(folder / INDEX_FILE).values())))
+    return tuple(sorted(set(_weight_map(folder, published).values())))
 
 
 def read_json(path: Path) -> dict[str, object]:
@@ -200,11 +203,6 @@ def read_json(path: Path) -> dict[str, object]:
     return fields
 
 
-def file_digest(path: Path) -> str:
-    """blake2b-128 of a small file."""
-    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
-
-
 def _fingerprint(path: Path, header: Header) -> str:
     # Size and header are the same for two trainings of one model; the time of writing is not.
     # Hashing every byte would take as long as the conversion.
@@ -212,16 +210,19 @@ def _fingerprint(path: Path, header: Header) -> str:
     return hashlib.blake2b(written.encode(), digest_size=16).hexdigest()
 
 
-def _weight_map(folder: Path) -> Mapping[str, str]:
-    """Tensor name -> shard file name; the empty name stands for "all of it"."""
-    if (folder / SINGLE_FILE).is_file():
+def _weight_map(folder: Path, published: Container[str]) -> Mapping[str, str]:
+    """Tensor name -> shard file name; the empty name stands for "all of it".
+
+    Where both are published, the single file is the checkpoint and the index is left over; so
+    transformers has it, modeling_utils.py.
+    """
+    if SINGLE_FILE in published:
         return {"": SINGLE_FILE}
-    index = folder / INDEX_FILE
-    if not index.is_file():
+    if INDEX_FILE not in published:
         raise ModelError(
             f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE}; only safetensors are read"
         )
-    return _read_index(index)
+    return _read_index(folder / INDEX_FILE)
 
 
 def _read_index(index: Path) -> Mapping[str, str]:

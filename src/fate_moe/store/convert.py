@@ -21,6 +21,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Protocol
 
 from filelock import FileLock, Timeout
@@ -45,17 +46,13 @@ from fate_moe.store.format import (
 from fate_moe.store.header import build_header, tensor_bytes
 from fate_moe.store.ordered import check_jobs, default_jobs, in_order
 from fate_moe.store.reader import record_checksum
+from fate_moe.store.small_files import small_files
 from fate_moe.store.space import check_space, held_bytes, write_error
-from fate_moe.store.workdir import JOURNAL_FILE, Workdir
+from fate_moe.store.workdir import Workdir
 from fate_moe.types import ExpertKey, Progress, no_progress
 
 _QUANTIZING, _COPYING = "converting experts", "copying the rest"  # what progress is told
 _SPARE_BYTES = 64 << 20  # manifest, tokenizer, file system overhead
-# What may come along, by name: never code, never pickles, never other weights.
-_COPIED_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken")
-_COPIED_NAMES = ("LICENSE", "NOTICE")
-_TEMPLATE_FOLDER = "additional_chat_templates"
-_MAX_COPIED_BYTES = 1 << 28
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +161,7 @@ def convert(
         found = _existing(source, out, force)
         if found is not None:  # needs no lock, and no right to write
             return found
+        _check_writable(out)
         job.check_space()
         out.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(out.with_name(f".{out.name}.lock"), timeout=-1 if wait else 0):
@@ -195,7 +193,7 @@ def _existing(source: ExpertSource, out: Path, force: bool) -> Manifest | None:
     if not is_made_from(manifest, source):
         raise StoreError(
             f"{out}: holds a store of {manifest.source.id} with other content or options; "
-            "use force to replace it"
+            "use --force to replace it (force=True in Python)"
         )
     return manifest
 
@@ -332,9 +330,6 @@ class _Job:
 
     def _small_files(self) -> None:
         for name in small_files(self._source.folder):
-            path = self._source.folder / name
-            if path.stat().st_size > _MAX_COPIED_BYTES:
-                raise ModelError(f"{path}: larger than {_MAX_COPIED_BYTES} bytes")
             self._work.write(name, [self._source.small_file(name)])
         tensors = self._source.resident
         total = sum(tensor_bytes(t.dtype, t.shape) for t in tensors)
@@ -353,18 +348,19 @@ class _Job:
         self._progress(what, self._done[what], self._totals[what])
 
 
-def small_files(folder: Path) -> list[str]:
-    """Name config, tokenizer, chat template and licence files, relative to `folder`."""
-    names = [
-        path.name
-        for path in folder.iterdir()
-        if path.is_file()
-        and (path.suffix in _COPIED_SUFFIXES or path.name in _COPIED_NAMES)
-        and not path.name.endswith(".index.json")
-        and path.name not in (MANIFEST_FILE, JOURNAL_FILE)
-    ]
-    templates = (folder / _TEMPLATE_FOLDER).glob("*.jinja")
-    return sorted(names) + sorted(f"{_TEMPLATE_FOLDER}/{path.name}" for path in templates)
+def _check_writable(out: Path) -> None:
+    """Refuse where no file can be made: the space of such a file system says nothing."""
+    there = out.parent
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    try:
+        with TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise StoreError(
+            f"{out}: cannot be written: {there} takes no files ({error.strerror or error}); "
+            "give a folder that you may write to"
+        ) from error
 
 
 def _hashed(

@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from fate_moe.engine.hub import commit_of, download
 from fate_moe.engine.prepare import convert_model
 from fate_moe.errors import FormatError, ModelError, StoreError
-from fate_moe.store import space
+from fate_moe.models.shards import Shards
+from fate_moe.store import small_files, space
 from fate_moe.store.format import read_manifest
 from fate_moe.store.verify import verify
 from tests.unit.engine.hub_server import COMMIT, NAME, Hub, serve
@@ -167,6 +168,59 @@ def test_a_single_file(hub: Hub) -> None:
     shutil.rmtree(hub.folder)
     save("qwen3_moe", hub.folder)
     assert (download(NAME, None) / "model.safetensors").is_file()
+
+
+@pytest.mark.usefixtures("online")
+def test_the_single_file_comes_before_an_index_that_was_left_over(hub: Hub) -> None:
+    index = (hub.folder / "model.safetensors.index.json").read_bytes()
+    shutil.rmtree(hub.folder)
+    save("qwen3_moe", hub.folder)
+    (hub.folder / "model.safetensors.index.json").write_bytes(index)
+    folder = download(NAME, None)
+    assert list(Shards(folder).digests) == ["model.safetensors"]
+    assert not [name for name in hub.fetched() if "-of-" in name]
+
+
+@pytest.mark.usefixtures("online")
+def test_a_large_file_that_nobody_needs_is_not_fetched(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    largest = max(path.stat().st_size for path in hub.folder.glob("*.json"))
+    monkeypatch.setattr(small_files, "MAX_SMALL_BYTES", largest)
+    for name in ("training_log.txt", "results [1].json"):
+        (hub.folder / name).write_text("x" * (largest + 1))
+    (hub.folder / "notes [1].txt").write_text("brackets are no pattern")
+    folder = download(NAME, None)
+    assert not {"training_log.txt", "results [1].json"} & {x.name for x in folder.iterdir()}
+    assert not [path for method, path in hub.asked if method == "GET" and "training_log" in path]
+    assert (folder / "notes [1].txt").is_file()
+    set_up(monkeypatch, hub.url, tmp_path / "home", offline=True)
+    before = len(hub.asked)
+    assert download(NAME, None) == download(NAME, COMMIT) == folder
+    assert len(hub.asked) == before
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors.index.json"])
+@pytest.mark.usefixtures("online")
+def test_a_file_that_is_needed_and_too_large_is_refused_unread(
+    name: str, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    largest = max(path.stat().st_size for path in hub.folder.glob("*.json"))
+    monkeypatch.setattr(small_files, "MAX_SMALL_BYTES", largest)
+    (hub.folder / name).write_text("x" * (largest + 1))
+    line = f"{NAME}: {name} has {largest + 1} bytes, need at most {largest}"
+    assert refusal().startswith(line)
+    assert not hub.fetched()
+
+
+@pytest.mark.usefixtures("online")
+def test_a_folder_that_was_mistyped_is_spoken_of(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for offline in (False, True):
+        set_up(monkeypatch, hub.url, tmp_path / "home", offline=offline)
+        with pytest.raises(ModelError, match="; no folder my/nothere here$"):
+            download("my/nothere", None)
 
 
 @pytest.mark.usefixtures("online")

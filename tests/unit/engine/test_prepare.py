@@ -48,9 +48,32 @@ def test_two_folders_of_one_name_have_two_stores(tmp_path: Path) -> None:
         folder.mkdir(parents=True)
         places.add(cached_store(str(folder), tmp_path))
     assert len(places) == 2
-    names = ("a/b-c", "a-b/c", "a/b--c", "a/b-c@main")
-    assert len({cached_store(name, tmp_path) for name in names}) >= 3
-    assert cached_store("a/b", tmp_path) != cached_store("a/b", tmp_path, "main")
+
+
+def test_two_ids_have_two_stores(tmp_path: Path) -> None:
+    names = ["a/b-c", "a-b/c", "a/b--c", "a--b/c", "a/b", "a/b.", "a/b-"]
+    names += [f"owner/{letter}{'x' * 90}" for letter in "pq"]
+    places = {cached_store(name, tmp_path) for name in names}
+    assert len(places) == len(names)
+    revisions = [None, "main", "refs/pr/1", "refs--pr/1", "8bit", "4bit-minmax"]
+    places = {cached_store("a/b", tmp_path, revision) for revision in revisions}
+    places |= {cached_store("a/b", tmp_path, bits=8), cached_store("a/b", tmp_path, fitted=False)}
+    assert len(places) == len(revisions) + 2
+
+
+@pytest.mark.parametrize(
+    ("model", "revision", "name"),
+    [
+        ("Qwen/Qwen3-30B-A3B", None, "Qwen--Qwen3-30B-A3B"),
+        ("owner/model_1.5", "v1", "owner--model_1.5@v1"),
+        ("owner/model", "refs/pr/1", "owner--model@refs--pr--1"),
+        ("smolmoe", None, "smolmoe"),
+    ],
+)
+def test_ordinary_ids_keep_their_names(
+    model: str, revision: str | None, name: str, tmp_path: Path
+) -> None:
+    assert cached_store(model, tmp_path, revision).name == name
 
 
 CHOICES = [(4, True), (4, False), (8, True), (8, False), (16, True)]

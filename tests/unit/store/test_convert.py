@@ -120,7 +120,7 @@ def test_another_store_is_only_replaced_by_force(
         source.source.files["config.json"] = "9" * 32  # type: ignore[index]
     else:
         source.quantization = {"bits": 4, "group": 32}
-    with pytest.raises(StoreError, match="use force"):
+    with pytest.raises(StoreError, match=r"use --force to replace it \(force=True in Python\)"):
         convert(source, out)
     manifest = convert(source, out, force=True)
     assert read_manifest(out) == manifest
@@ -275,6 +275,15 @@ def test_a_folder_that_cannot_be_written(source: FormulaSource, tmp_path: Path) 
     with pytest.raises(StoreError, match="cannot be written") as caught:
         convert(source, tmp_path / "file" / "store")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs /proc")
+def test_a_file_system_that_takes_no_files(source: FormulaSource) -> None:
+    with pytest.raises(StoreError) as caught:
+        convert(source, Path("/proc/fate-store"))
+    assert str(caught.value).startswith("/proc/fate-store: cannot be written: /proc takes no files")
+    assert "\n" not in str(caught.value)
+    assert source.encoded == []
 
 
 def test_a_record_of_the_wrong_size_is_refused(source: FormulaSource, out: Path) -> None:
