@@ -141,7 +141,7 @@ def test_convert_inspect_verify(tiny_checkpoint: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "quantization", "mode"),
     [
-        (["--bits", "8"], {"bits": 8, "group": 64}, "experts INT8, computed in"),
+        (["--bits", "8"], {"bits": 8, "group": 64, "balanced": True}, "experts INT8, computed in"),
         (
             ["--scales", "minmax"],
             {"bits": 4, "group": 64, "scales": "minmax"},

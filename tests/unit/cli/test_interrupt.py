@@ -49,7 +49,8 @@ def test_during_convert(tiny_checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "store"
     done = interrupt("models.checkpoint", "encode", "convert", str(tiny_checkpoint), str(out))
     assert done.returncode == 130
-    assert [x for x in done.stderr.splitlines() if x != "begun"] == ["fate: interrupted"]
+    # Two threads may have begun at once, and a line and its end come apart.
+    assert [x for x in done.stderr.splitlines() if x.replace("begun", "")] == ["fate: interrupted"]
     assert not out.exists()
     # The next try goes on and makes a sound store.
     again = subprocess.run(
