@@ -46,7 +46,7 @@ ORIGINAL = "original"
 SETTINGS = {
     ORIGINAL: Setting(16, says="the checkpoint's own weights: the reference"),
     "int8": Setting(8, says="8 bits"),
-    "int4": Setting(4, says="4 bits, fitted scales: what fate convert makes"),
+    "int4": Setting(4, says="4 bits, balanced, fitted scales: what fate convert makes"),
     "int4-minmax": Setting(4, fitted=False, says="4 bits, plain min-max scales"),
     "int2": Setting(4, int2="always", says="the high 2 bits of the 4-bit experts"),
     "hybrid": Setting(4, int2="tail", says="in prefill the least popular experts in 2 bits"),
