@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fate_moe.engine.demands import PREFILL_CHUNK_TOKENS
 from fate_moe.errors import ConfigError
+from fate_moe.models.kv_cache import new_cache
 from fate_moe.models.scores import Halves
 
 SCORED_TOKENS = 64
@@ -31,7 +32,7 @@ class Likelihood:
         """
         self.halves = Halves(model)
         self.step_tokens = min(PREFILL_CHUNK_TOKENS, context_tokens) if together else 0
-        self._config = model.config
+        self._model = model
         self._context_tokens = context_tokens
 
     def hidden(self, ids: Sequence[int]) -> Tensor:
@@ -45,11 +46,9 @@ class Likelihood:
                 f"a sequence of {len(ids)} tokens, the context takes {self._context_tokens}; "
                 "shorten it or raise --context"
             )
-        if len(ids) <= PREFILL_CHUNK_TOKENS:
+        past = None if len(ids) <= PREFILL_CHUNK_TOKENS else new_cache(self._model)
+        if past is None:  # short, or of a family that reads everything in one piece
             return self.halves.hidden(torch.tensor([list(ids)]))[0]
-        from transformers import DynamicCache
-
-        past = DynamicCache(config=self._config)
         whole = torch.empty(0)
         for start in range(0, len(ids), PREFILL_CHUNK_TOKENS):
             piece = torch.tensor([list(ids[start : start + PREFILL_CHUNK_TOKENS])])

@@ -104,6 +104,11 @@ def test_long_sequences_go_through_in_pieces(
         Likelihood(engine.model, 256).hidden(row), whole, rtol=1e-4, atol=1e-4
     )
     assert lengths == [32, 32, 32, 32, 22]
+    # A family that takes no cache of ours is never given a piece.
+    monkeypatch.setattr(likelihoods, "new_cache", lambda model: None)
+    lengths.clear()
+    assert torch.equal(Likelihood(engine.model, 256).hidden(row), whole)
+    assert lengths == [150]
 
 
 def test_a_sequence_beyond_the_context_is_refused(tiny_store: Path, open_engine: Open) -> None:
