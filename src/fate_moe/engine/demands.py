@@ -52,11 +52,13 @@ def demands_of(
     header = read_header(store / manifest.resident.file)
     shapes = [tensor.shape for tensor in header.tensors.values()]
     sizes = [prod(shape) * dtype.itemsize for shape in shapes]
+    # Before the process is weighed: asking the family's code takes memory for good, the first time.
+    kv_bytes = skeleton.kv_bytes(context, dtype)
     return Demands(
         base_bytes=rss_bytes(),
         weights_bytes=sum(sizes),
         load_bytes=manifest.resident.bytes + max(sizes) + _MARGIN_BYTES,
-        kv_bytes=skeleton.kv_bytes(context, dtype),
+        kv_bytes=kv_bytes,
         workspace_bytes=_workspace_bytes(manifest, skeleton, shapes, dtype, context)
         + _score_bytes(skeleton, scored),
         slot_bytes=max(layer.record_bytes for layer in manifest.layers),
