@@ -108,8 +108,10 @@ def read_skeleton(folder: Path) -> Skeleton:
     )  # fmt: skip
     try:
         _check_family(folder)
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        with torch.device("meta"):
+        with quiet_transformers(), torch.device("meta"):
+            config = AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
             module = _auto_class(config).from_config(config)
     except refusals as error:
         why = " ".join(str(error).split())[:200]
