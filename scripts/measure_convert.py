@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from measure import fill, processor
 
+from fate_moe.bench.cgroup import group_folder, limited, unavailable
 from fate_moe.config import format_bytes, parse_size
 from fate_moe.models.checkpoint import open_checkpoint
 from fate_moe.quant.codec import encode
@@ -42,7 +43,6 @@ from fate_moe.store.ordered import default_jobs, in_order
 from fate_moe.store.space import check_space
 from fate_moe.store.verify import verify
 from fate_moe.types import ExpertKey
-from tests.cgroup import limited, unavailable
 
 BLOCK_BYTES = 64 << 20  # of random weights, repeated; no multiple of an expert, so experts differ
 SHARD_BYTES = 4 << 30
@@ -257,18 +257,12 @@ def send(pid: int, is_limited: bool, number: int) -> None:
             os.kill(member, number)
 
 
-def group_of(pid: int) -> Path:
-    """Name the cgroup that tests/cgroup.py makes for its child."""
-    v1 = Path("/sys/fs/cgroup/memory")
-    return (v1 if v1.is_dir() else v1.parent) / f"fate-test-{pid}"
-
-
 def members(pid: int, is_limited: bool) -> list[int]:
     """List the processes that convert."""
     if not is_limited:
         return [pid]
     with contextlib.suppress(OSError):
-        return [int(line) for line in (group_of(pid) / "cgroup.procs").read_text().split()]
+        return [int(line) for line in (group_folder(pid) / "cgroup.procs").read_text().split()]
     return []
 
 
@@ -281,7 +275,7 @@ def watch(pid: int, is_limited: bool, peaks: Peaks) -> Peaks:
             process = max(process, int(status.split("VmHWM:")[1].split()[0]) * 1024)
     for name in ("memory.max_usage_in_bytes", "memory.peak") if is_limited else ():
         with contextlib.suppress(OSError):
-            group = max(group or 0, int((group_of(pid) / name).read_text()))
+            group = max(group or 0, int((group_folder(pid) / name).read_text()))
     return Peaks(process, group)
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from fate_moe.bench import cgroup
 from fate_moe.bench.sets import own_text
 from fate_moe.errors import BudgetError, ConfigError
-from tests import cgroup
 from tests.conftest import Open
 
 

@@ -1,0 +1,149 @@
+"""The machine card, readahead and memory groups."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fate_moe.bench import cgroup, machine, readahead
+from fate_moe.bench.machine import Card, disk_rates, draw_card, memory_rates
+from fate_moe.errors import ConfigError
+
+
+@pytest.fixture
+def big_file(tmp_path: Path) -> Path:
+    path = tmp_path / "big"
+    path.write_bytes(bytes(5 << 20))
+    return path
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    folder = tmp_path / "sda"
+    (folder / "queue").mkdir(parents=True)
+    (folder / "queue" / "read_ahead_kb").write_text("8192\n")
+    return folder
+
+
+def test_a_card_says_what_it_found(big_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "memory_rates", lambda cores: {1: 1e9, 2: 3e9})
+    monkeypatch.setattr(machine, "disk_rates", lambda path: {"4 MiB x 1": 5e8, "4 MiB x 4": 9e8})
+    told: list[str] = []
+    card = draw_card([big_file, Path(__file__)], lambda what, done, total: told.append(what))
+    assert card.memory_rate == 3e9
+    assert card.disk_rate == 9e8
+    assert card.cores == len(os.sched_getaffinity(0))
+    assert card.ram_bytes > 1 << 28
+    assert card.cpu
+    assert "measuring the disk" in told
+
+
+def test_every_thread_reads_its_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[np.ndarray] = []
+    monkeypatch.setattr(machine, "_READERS", (read.append,))
+    rates = memory_rates(3, buffer_bytes=1 << 16)
+    assert sorted(rates) == [1, 3]
+    assert all(rate > 0 for rate in rates.values())
+    assert sum(part.nbytes for part in read) == 2 * machine._REPEATS * (1 << 16)
+
+
+def test_the_real_readers_read() -> None:
+    assert memory_rates(1, buffer_bytes=1 << 22)[1] > 1e7
+
+
+def test_disk_rates_by_block_and_depth(big_file: Path) -> None:
+    rates = disk_rates(big_file, seconds=0.05)
+    if not rates:
+        pytest.skip("no O_DIRECT on this file system")
+    assert set(rates) == {"4 MiB x 1", "4 MiB x 4", "64 KiB x 1", "64 KiB x 4"}
+    assert all(rate > 1e5 for rate in rates.values())
+
+
+def test_a_file_smaller_than_a_block_is_not_read_in_such_blocks(tmp_path: Path) -> None:
+    path = tmp_path / "small"
+    path.write_bytes(bytes(100_000))
+    assert not [name for name in disk_rates(path, seconds=0.01) if name.startswith("4 MiB")]
+
+
+def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="absent: cannot be read: No such file"):
+        disk_rates(tmp_path / "absent")
+
+
+def test_without_o_direct_there_is_no_rate() -> None:
+    card = Card("x", 1, (), 1, "Linux", 0.0, {1: 1.0}, "", None, {})
+    assert card.disk_rate is None
+
+
+def test_readahead_is_put_back(disk: Path) -> None:
+    found: list[int | None] = []
+
+    def fail() -> None:
+        with readahead.reading_ahead(disk, 128):
+            found.append(readahead.read_kib(disk))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert found == [128]
+    assert readahead.read_kib(disk) == 8192
+
+
+def test_readahead_is_left_alone(disk: Path) -> None:
+    with readahead.reading_ahead(disk, None), readahead.reading_ahead(None, 4):
+        assert readahead.read_kib(disk) == 8192
+
+
+def test_why_readahead_is_fixed(disk: Path, tmp_path: Path) -> None:
+    assert readahead.why_fixed(disk) is None
+    assert "cannot be written" in (readahead.why_fixed(tmp_path / "none") or "")
+    assert "no disk" in (readahead.why_fixed(None) or "")
+
+
+def test_readahead_that_cannot_be_set_is_one_line(tmp_path: Path) -> None:
+    context = readahead.reading_ahead(tmp_path / "none", 4)
+    with pytest.raises(ConfigError, match="readahead: .*No such file"):
+        context.__enter__()
+
+
+@pytest.mark.parametrize("text", ["", "128,", "x", "-1", "9999999999"])
+def test_what_is_no_list_of_kib_is_one_line(text: str) -> None:
+    with pytest.raises(ConfigError, match="need numbers of KiB"):
+        readahead.parse_kib(text)
+
+
+def test_lists_of_kib() -> None:
+    assert readahead.parse_kib("128, 8192") == [128, 8192]
+
+
+def test_no_rights_to_make_a_group_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "cgroup.controllers").touch()
+    monkeypatch.setattr(cgroup, "_V2", tmp_path / "gone")
+    monkeypatch.setattr(cgroup, "_V1", tmp_path / "gone")
+    assert cgroup.unavailable() == "memory limit: no memory controller is mounted"
+    monkeypatch.setattr(cgroup, "_V2", tmp_path)
+    monkeypatch.setattr(Path, "mkdir", _refuse)
+    assert "Permission denied; run as root" in (cgroup.unavailable() or "")
+
+
+def _refuse(self: Path) -> None:
+    raise PermissionError(13, "Permission denied")
+
+
+def test_a_group_limits_what_is_inside() -> None:
+    if reason := cgroup.unavailable():
+        pytest.skip(reason)
+    hungry = [sys.executable, "-c", "bytearray(200 << 20)"]
+    assert subprocess.run(cgroup.limited(hungry, 1 << 30), check=False).returncode == 0
+    assert subprocess.run(cgroup.limited(hungry, 64 << 20), check=False).returncode != 0
+    with cgroup.MemoryGroup(1 << 30, os.getpid()) as group:
+        folder = cgroup.group_folder(os.getpid())
+        assert folder.is_dir()
+        subprocess.run(group.command(hungry), check=True)
+        assert (group.peak_bytes() or 0) > 150 << 20
+    assert not folder.exists()
