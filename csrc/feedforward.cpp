@@ -1,0 +1,229 @@
+#include "feedforward.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace fate {
+namespace {
+
+constexpr int kGemvRows = 64;     // rows a core claims at once for one token
+constexpr int kManyTokens = 16;   // from here on, sums over tokens are worth sharing out
+
+int pieces_of(int count, int size) { return (count + size - 1) / size; }
+
+// Rows a core claims at once for many tokens: whole tiles, enough of them to share out evenly.
+int gemm_rows(int rows, int threads) {
+  const int tile = active().row_tile;
+  const int even = pieces_of(rows, 4 * threads);
+  return std::clamp(pieces_of(even, tile) * tile, tile, 16 * tile);
+}
+
+bool in_lanes(const Matrix& w) { return w.bits != 8; }
+
+void gemm_piece(Pool& pool, int thread, const Matrix& w, const ActRow* x, int tokens, int first,
+                int last, float* y, std::size_t stride) {
+  std::uint8_t* scratch = pool.scratch(thread, active().gemm_scratch_bytes(w.cols, w.group));
+  active().gemm(w, x, tokens, first, last, y, stride, scratch);
+}
+
+// Quantize tokens in natural order for `gemm`; returns where they lie.
+std::vector<ActRow> quantize_all(Pool& pool, Buffer& memory, const float* x, int tokens, int cols,
+                                 int group) {
+  const std::size_t bytes = (act_row_bytes(cols, group) + 63) / 64 * 64;
+  std::uint8_t* base = memory.get(bytes * tokens);
+  pool.run(pieces_of(tokens, 8), [&](int piece, int) {
+    for (int t = 8 * piece; t < std::min(tokens, 8 * piece + 8); ++t)
+      active().quantize(x + static_cast<std::size_t>(t) * cols, cols, group, false,
+                        base + bytes * t);
+  });
+  std::vector<ActRow> rows(tokens);
+  for (int t = 0; t < tokens; ++t) rows[t] = act_row_at(base + bytes * t, cols, group);
+  return rows;
+}
+
+}  // namespace
+
+void linear(Pool& pool, Buffer& memory, const Matrix& w, const float* bias, const float* x,
+            int tokens, float* y) {
+  const auto add_bias = [&](float* row, int first, int last) {
+    if (bias != nullptr)
+      for (int r = first; r < last; ++r) row[r] += bias[r];
+  };
+  if (tokens == 1) {
+    std::uint8_t* codes = memory.get(act_row_bytes(w.cols, w.group));
+    active().quantize(x, w.cols, w.group, in_lanes(w), codes);
+    const ActRow row = act_row_at(codes, w.cols, w.group);
+    pool.run(pieces_of(w.rows, kGemvRows), [&](int piece, int) {
+      const int first = piece * kGemvRows, last = std::min(w.rows, first + kGemvRows);
+      active().gemv(w, row, first, last, y + first);
+      add_bias(y, first, last);
+    });
+    return;
+  }
+  const std::vector<ActRow> rows = quantize_all(pool, memory, x, tokens, w.cols, w.group);
+  const int size = gemm_rows(w.rows, pool.threads());
+  pool.run(pieces_of(w.rows, size), [&](int piece, int thread) {
+    const int first = piece * size, last = std::min(w.rows, first + size);
+    gemm_piece(pool, thread, w, rows.data(), tokens, first, last, y, w.rows);
+    for (int t = 0; t < tokens; ++t) add_bias(y + static_cast<std::size_t>(t) * w.rows, first, last);
+  });
+}
+
+void ExpertStep::begin(Pool& pool, const ExpertShape& shape, const float* x, int tokens, int k,
+                       const std::int64_t* ids, const float* weights) {
+  shape_ = shape;
+  x_ = x;
+  tokens_ = tokens;
+  k_ = k;
+  ids_ = ids;
+  weights_ = weights;
+  const std::size_t floats = static_cast<std::size_t>(tokens) * k * shape.down.rows;
+  std::memset(parts_.floats(floats), 0, 4 * floats);
+  const std::size_t bytes = (act_row_bytes(shape.up.cols, shape.up.group) + 63) / 64 * 64;
+  if (tokens == 1) {
+    active().quantize(x, shape.up.cols, shape.up.group, shape.up.bits != 8, quantized_.get(bytes));
+  } else {
+    quantize_all(pool, quantized_, x, tokens, shape.up.cols, shape.up.group);
+  }
+}
+
+void ExpertStep::run(Pool& pool, const std::vector<Arrived>& arrived) {
+  if (tokens_ == 1) return run_one_token(pool, arrived);
+  for (const Arrived& expert : arrived) run_many_tokens(pool, expert);
+}
+
+void ExpertStep::finish(Pool& pool, float* out) {
+  const std::size_t width = shape_.down.rows;
+  const float* parts = parts_.floats(static_cast<std::size_t>(tokens_) * k_ * width);
+  const int size = tokens_ < kManyTokens ? tokens_ : pieces_of(tokens_, pool.threads());
+  pool.run(pieces_of(tokens_, size), [&](int piece, int) {
+    for (int t = size * piece; t < std::min(tokens_, size * piece + size); ++t) {
+      float* sum = out + t * width;
+      const float* first = parts + t * k_ * width;
+      std::memcpy(sum, first, 4 * width);
+      for (int k = 1; k < k_; ++k)
+        for (std::size_t d = 0; d < width; ++d) sum[d] += first[k * width + d];
+    }
+  });
+}
+
+std::vector<ExpertStep::Choice> ExpertStep::choices(std::int64_t expert) const {
+  std::vector<Choice> found;
+  for (int t = 0; t < tokens_; ++t) {
+    const std::int64_t* ids = ids_ + static_cast<std::size_t>(t) * k_;
+    for (int k = 0; k < k_; ++k) {
+      if (ids[k] != expert) continue;
+      int place = 0;  // its rank in the token's ids: the order of the sum
+      for (int other = 0; other < k_; ++other) place += ids[other] < expert;
+      found.push_back({t, place, weights_[static_cast<std::size_t>(t) * k_ + k]});
+    }
+  }
+  return found;
+}
+
+float* ExpertStep::part(const Choice& choice) {
+  const std::size_t width = shape_.down.rows;
+  float* parts = parts_.floats(static_cast<std::size_t>(tokens_) * k_ * width);
+  return parts + (static_cast<std::size_t>(choice.token) * k_ + choice.place) * width;
+}
+
+const float* ExpertStep::bias(const Arrived& expert, std::int64_t offset) const {
+  return offset < 0 ? nullptr : reinterpret_cast<const float*>(expert.record + offset);
+}
+
+void ExpertStep::inner(const float* h, float* out) const {
+  const int width = shape_.down.cols;
+  const float* up = !shape_.gated ? nullptr : shape_.interleaved ? h + 1 : h + width;
+  active().activate(shape_.act, h, up, shape_.gated && shape_.interleaved ? 2 : 1, width,
+                    shape_.alpha, shape_.limit, out);
+}
+
+void ExpertStep::run_one_token(Pool& pool, const std::vector<Arrived>& arrived) {
+  const int count = static_cast<int>(arrived.size());
+  const int up_rows = shape_.up.rows, down_rows = shape_.down.rows, width = shape_.down.cols;
+  const ActRow x = act_row_at(quantized_.get(act_row_bytes(shape_.up.cols, shape_.up.group)),
+                              shape_.up.cols, shape_.up.group);
+  float* h = between_.floats(static_cast<std::size_t>(count) * up_rows);
+  const int up_pieces = pieces_of(up_rows, kGemvRows);
+  pool.run(count * up_pieces, [&](int piece, int) {
+    const Arrived& expert = arrived[piece / up_pieces];
+    float* y = h + static_cast<std::size_t>(piece / up_pieces) * up_rows;
+    const int first = piece % up_pieces * kGemvRows, last = std::min(up_rows, first + kGemvRows);
+    active().gemv(shape_.up.at(expert.record, expert.head_only), x, first, last, y + first);
+    if (const float* add = bias(expert, shape_.up_bias))
+      for (int r = first; r < last; ++r) y[r] += add[r];
+  });
+  const std::size_t bytes = (act_row_bytes(width, shape_.down.group) + 63) / 64 * 64;
+  std::uint8_t* codes = inner_.get(bytes * count);
+  pool.run(count, [&](int e, int thread) {
+    auto* values = reinterpret_cast<float*>(pool.scratch(thread, 4 * static_cast<std::size_t>(width)));
+    inner(h + static_cast<std::size_t>(e) * up_rows, values);
+    active().quantize(values, width, shape_.down.group, shape_.down.bits != 8, codes + bytes * e);
+  });
+  std::vector<Choice> chosen;
+  for (const Arrived& expert : arrived) chosen.push_back(choices(expert.expert).front());
+  const int down_pieces = pieces_of(down_rows, kGemvRows);
+  pool.run(count * down_pieces, [&](int piece, int) {
+    const int e = piece / down_pieces;
+    const int first = piece % down_pieces * kGemvRows, last = std::min(down_rows, first + kGemvRows);
+    float* y = part(chosen[e]);
+    active().gemv(shape_.down.at(arrived[e].record, arrived[e].head_only),
+                  act_row_at(codes + bytes * e, width, shape_.down.group), first, last, y + first);
+    const float* add = bias(arrived[e], shape_.down_bias);
+    for (int r = first; r < last; ++r) y[r] = (y[r] + (add ? add[r] : 0.0f)) * chosen[e].weight;
+  });
+}
+
+void ExpertStep::run_many_tokens(Pool& pool, const Arrived& expert) {
+  const std::vector<Choice> chosen = choices(expert.expert);
+  const int count = static_cast<int>(chosen.size());
+  const int width = shape_.down.cols;
+  const std::size_t up_rows = shape_.up.rows, down_rows = shape_.down.rows;
+  const std::size_t x_bytes = (act_row_bytes(shape_.up.cols, shape_.up.group) + 63) / 64 * 64;
+  const std::uint8_t* quantized = quantized_.get(x_bytes * tokens_);
+  std::vector<ActRow> x(count), between(count);
+  for (int i = 0; i < count; ++i)
+    x[i] = act_row_at(quantized + x_bytes * chosen[i].token, shape_.up.cols, shape_.up.group);
+
+  const Matrix up = shape_.up.at(expert.record, expert.head_only);
+  float* h = between_.floats(count * up_rows);
+  const int up_size = gemm_rows(up.rows, pool.threads());
+  const float* up_bias = bias(expert, shape_.up_bias);
+  pool.run(pieces_of(up.rows, up_size), [&](int piece, int thread) {
+    const int first = piece * up_size, last = std::min(up.rows, first + up_size);
+    gemm_piece(pool, thread, up, x.data(), count, first, last, h, up_rows);
+    if (up_bias != nullptr)
+      for (int i = 0; i < count; ++i)
+        for (int r = first; r < last; ++r) h[i * up_rows + r] += up_bias[r];
+  });
+
+  const std::size_t bytes = (act_row_bytes(width, shape_.down.group) + 63) / 64 * 64;
+  std::uint8_t* codes = inner_.get(bytes * count);
+  const int share = pieces_of(count, 2 * pool.threads());
+  pool.run(pieces_of(count, share), [&](int piece, int thread) {
+    auto* values = reinterpret_cast<float*>(pool.scratch(thread, 4 * static_cast<std::size_t>(width)));
+    for (int i = piece * share; i < std::min(count, piece * share + share); ++i) {
+      inner(h + i * up_rows, values);
+      active().quantize(values, width, shape_.down.group, false, codes + bytes * i);
+    }
+  });
+  for (int i = 0; i < count; ++i)
+    between[i] = act_row_at(codes + bytes * i, width, shape_.down.group);
+
+  const Matrix down = shape_.down.at(expert.record, expert.head_only);
+  float* y = results_.floats(count * down_rows);
+  const float* down_bias = bias(expert, shape_.down_bias);
+  const int down_size = gemm_rows(down.rows, pool.threads());
+  pool.run(pieces_of(down.rows, down_size), [&](int piece, int thread) {
+    const int first = piece * down_size, last = std::min(down.rows, first + down_size);
+    gemm_piece(pool, thread, down, between.data(), count, first, last, y, down_rows);
+    for (int i = 0; i < count; ++i) {
+      const float* from = y + i * down_rows;
+      float* to = part(chosen[i]);
+      for (int r = first; r < last; ++r)
+        to[r] = (from[r] + (down_bias ? down_bias[r] : 0.0f)) * chosen[i].weight;
+    }
+  });
+}
+
+}  // namespace fate

@@ -1,0 +1,64 @@
+// How do several cores share one piece of work without waiting long for each other?
+//
+// Pieces are claimed one by one, so a core that the system took away delays at most the piece it
+// holds, and a sleeping one none. Between calls a worker looks out for a moment, lets others run for
+// another, then sleeps.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace fate {
+
+class Pool {
+ public:
+  explicit Pool(int threads);
+  ~Pool();
+  Pool(const Pool&) = delete;
+  Pool& operator=(const Pool&) = delete;
+
+  int threads() const { return static_cast<int>(workers_.size()) + 1; }
+
+  // Call work(piece, thread) for every piece in [0, pieces); returns when all are done. `thread` is
+  // in [0, threads()) and not shared while a piece runs. One caller at a time.
+  template <class Work> void run(int pieces, const Work& work) {
+    run_pieces(pieces, [](const void* self, int piece, int thread) {
+      (*static_cast<const Work*>(self))(piece, thread);
+    }, &work);
+  }
+
+  // Memory of one thread for the length of a piece, 64-byte aligned, at least `bytes`.
+  std::uint8_t* scratch(int thread, std::size_t bytes);
+
+ private:
+  using Call = void (*)(const void* work, int piece, int thread);
+
+  void run_pieces(int pieces, Call call, const void* work);
+  void claim(int thread);
+  void serve(int thread);
+  bool wait_for_job(std::uint64_t last);
+
+  // One job at a time: `job_` is its number while workers may join it, else 0.
+  std::atomic<std::uint64_t> job_{0};
+  std::atomic<int> inside_{0};
+  std::atomic<int> next_{0};
+  std::atomic<int> asleep_{0};
+  std::atomic<bool> stop_{false};
+  std::uint64_t jobs_ = 0;
+  int pieces_ = 0;
+  Call call_ = nullptr;
+  const void* work_ = nullptr;
+
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::vector<std::thread> workers_;
+  std::vector<std::unique_ptr<std::uint8_t[]>> scratch_;
+  std::vector<std::size_t> scratch_bytes_;
+};
+
+}  // namespace fate

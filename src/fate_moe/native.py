@@ -1,0 +1,43 @@
+"""Is the native core here, and if not, why?
+
+The core is the compiled module `_native` (csrc/), built by `pip install`; its contents are in
+`_native.pyi`. Everything works without it, slowly. Knows no torch: addresses and lengths cross.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from fate_moe.errors import NativeUnavailable
+
+
+def _find() -> tuple[Any, str]:
+    try:
+        return importlib.import_module("fate_moe._native"), ""
+    except ModuleNotFoundError:
+        return None, "it was not built: there was no C++ compiler when fate was installed"
+    except ImportError as error:  # made for another Python, or a library that it needs is gone
+        return None, f"it cannot be loaded: {error}"
+
+
+_module, why_missing = _find()
+"""The native module or None, and why it is missing; empty where it is not."""
+
+
+def is_available() -> bool:
+    """Say whether the native core can be used."""
+    return _module is not None
+
+
+def core() -> Any:
+    """Return the native module.
+
+    Raises:
+        NativeUnavailable: there is none; the message says why.
+    """
+    if _module is None:
+        raise NativeUnavailable(
+            f"no native core: {why_missing}; install a compiler such as g++, then fate again"
+        )
+    return _module
