@@ -7,7 +7,8 @@ expert id, in the model's dtype, which is also the order of transformers' own `e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import Protocol
 
 import torch
@@ -57,7 +58,7 @@ class EagerExperts:
         x: Tensor,
         topk_ids: Tensor,
         topk_weights: Tensor,
-        arriving: Iterable[tuple[int, int]],
+        arriving: Iterable[Sequence[tuple[int, int]]],
     ) -> Tensor:
         """Return the weighted sum over each token's experts, [T, D].
 
@@ -65,13 +66,13 @@ class EagerExperts:
             x: tokens, [T, D].
             topk_ids: chosen experts, [T, K] int64, distinct within a row.
             topk_weights: their weights, [T, K].
-            arriving: (expert, slot) of every distinct chosen expert, in any order.
+            arriving: (expert, slot) of every distinct chosen expert, in any order, in any pieces.
         """
         # place[t, k] = rank of choice k among token t's choices by ascending expert id
         place = topk_ids.argsort(dim=1).argsort(dim=1)  # [T, K]
         parts = x.new_zeros(topk_ids.shape[1], *x.shape)  # [K, T, D]
         low = self._low_experts(topk_ids)
-        for expert, slot in arriving:
+        for expert, slot in chain.from_iterable(arriving):
             decode = self._decode_low if expert in low else self._decode
             weights = decode(self._slot_bytes(slot), x.dtype)
             choice, token = torch.where((topk_ids == expert).T)  # rows ordered as in transformers

@@ -24,19 +24,27 @@ POLL_S = 60.0
 
 
 class Lease:
-    """The experts one layer needs now: yields (expert, slot) as they land, residents first.
+    """The experts one layer needs now, handed over as they land, residents first.
 
-    Each expert is locked from the start of the lease until the next one is asked for, or the
+    An expert is locked from the start of the lease until whatever follows it is asked for, or the
     lease ends. Made by `Mover.lease`; used by one thread.
     """
 
-    def __init__(self, mover: Mover, changed: threading.Condition, keys: list[ExpertKey]) -> None:
-        """Lock what has a slot, place what has none. Runs under the mover's lock."""
+    def __init__(
+        self, mover: Mover, changed: threading.Condition, keys: list[ExpertKey], together: int
+    ) -> None:
+        """Lock what has a slot, place what has none. Runs under the mover's lock.
+
+        Args:
+            keys: experts, distinct.
+            together: most experts handed over at once; slots come free only between them.
+        """
         self._mover = mover
         self._changed = changed
+        self._together = together
         self._held: dict[ExpertKey, Entry] = {}
         self._homeless: list[ExpertKey] = []
-        self._current: ExpertKey | None = None
+        self._current: list[ExpertKey] = []
         found = {key: mover.table.get(key) for key in keys}
         # Lock first: no expert of this lease may make room for another one of it.
         for key, entry in found.items():
@@ -71,8 +79,8 @@ class Lease:
         finally:
             self._mover.end_lease()
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        """Yield (expert, slot).
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        """Yield the (expert, slot) of experts that have landed, at least one each time.
 
         Raises:
             ReadError: a record of this lease could not be read.
@@ -82,35 +90,37 @@ class Lease:
                 self._release_current()
                 if not self._held and not self._homeless:
                     return
-                key, failure = self._wait_for_one()
+                landed, failure = self._wait_for_some()
             if failure is not None:
                 raise failure
-            self._current = key
-            yield key.expert, self._held[key].slot
+            self._current = landed
+            yield [(key.expert, self._held[key].slot) for key in landed]
 
-    def _wait_for_one(self) -> tuple[ExpertKey, Exception | None]:
+    def _wait_for_some(self) -> tuple[list[ExpertKey], Exception | None]:
         began: float | None = None
         while True:
             self._place_homeless()
-            for key, entry in self._held.items():
-                if entry.resident:
-                    if began is not None:
-                        self._mover.end_stall(time.perf_counter() - began)
-                    return key, None
+            landed = [key for key, entry in self._held.items() if entry.resident]
+            if landed:
+                if began is not None:
+                    self._mover.end_stall(time.perf_counter() - began)
+                return landed[: self._together], None
+            for key in self._held:
                 failure = self._mover.take_failure(key)
                 if failure is not None:
                     del self._held[key]  # the mover has taken it out of the table
-                    return key, failure
+                    return [], failure
             began = time.perf_counter() if began is None else began
             if not self._changed.wait(POLL_S):
                 key = next(iter(self._held), None) or self._homeless[0]
                 why = f"no read has landed within {POLL_S:.0f} s; is the disk gone?"
-                return key, ReadError(key, "the store", 0, None, why)
+                return [], ReadError(key, "the store", 0, None, why)
 
     def _release_current(self) -> None:
-        if self._current is not None:
-            self._mover.table.unlock(self._held.pop(self._current))
-            self._current = None
+        if self._current:
+            for key in self._current:
+                self._mover.table.unlock(self._held.pop(key))
+            self._current = []
             self._place_homeless()
             if not self._homeless:
                 self._mover.place_guesses()  # the slot that came free may serve one

@@ -102,7 +102,9 @@ class Mover:
             experts: distinct expert ids; this is also the order the cache policy learns them in.
             phase: what the counts are booked under.
         Returns:
-            A context manager that yields (expert, slot) as experts land.
+            A context manager that yields lists of (expert, slot) as experts land: in decode all
+            that have landed, to be computed together; in prefill one at a time, since each has
+            many tokens and its slot is wanted.
         Cost: a hit O(1) and no copy; a miss one read of the record.
         """
         with self._changed:
@@ -115,7 +117,8 @@ class Mover:
                 self._take_back_guess(stale)
             keys = [ExpertKey(layer, e) for e in experts]
             self._count(keys, phase)
-            return Lease(self, self._changed, keys)
+            together = len(keys) if phase is Phase.DECODE else 1
+            return Lease(self, self._changed, keys, together)
 
     @contextlib.contextmanager
     def section(self) -> Iterator[None]:

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 
 import pytest
 
@@ -34,7 +35,7 @@ class Bench:
         order = []
         with self.mover.lease(layer, experts, Phase.DECODE) as arriving:
             self.mover.speculate(guess)
-            for expert, slot in arriving:
+            for expert, slot in chain.from_iterable(arriving):
                 assert set(self.view(slot)) == {10 * layer + expert}
                 order.append(expert)
         self.mover.table.check()
@@ -112,7 +113,7 @@ def test_a_guess_in_flight_counts_as_late(bench: Callable[..., Bench]) -> None:
     lease = b.mover.lease(1, [4], Phase.DECODE)
     b.reader.gate.set()
     with lease as arriving:
-        assert [expert for expert, _ in arriving] == [4]
+        assert [expert for expert, _ in chain.from_iterable(arriving)] == [4]
     counts = b.mover.telemetry.total(layer=1)
     assert (counts.hits, counts.late, counts.misses) == (0, 1, 0)
 
@@ -130,7 +131,7 @@ def test_a_read_that_had_to_wait_for_a_slot_wakes_the_readers(
     b.settle()
     time.sleep(0.05)  # the slot can be had, and both readers sleep
     with lease as arriving:
-        assert [expert for expert, _ in arriving] == [3]
+        assert [expert for expert, _ in chain.from_iterable(arriving)] == [3]
 
 
 def test_stale_guesses_are_cancelled_before_they_cost_a_byte(bench: Callable[..., Bench]) -> None:
@@ -142,7 +143,7 @@ def test_stale_guesses_are_cancelled_before_they_cost_a_byte(bench: Callable[...
     lease = b.mover.lease(1, [5], Phase.DECODE)
     b.reader.gate.set()
     with lease as arriving:
-        assert [expert for expert, _ in arriving] == [5]
+        assert [expert for expert, _ in chain.from_iterable(arriving)] == [5]
     b.settle()
     assert {k.expert for k in b.reader.reads if k.layer == 1} == {1, 2, 5}
     t = b.mover.telemetry
@@ -243,6 +244,18 @@ def test_preload_reports_a_failed_read(bench: Callable[..., Bench]) -> None:
         b.mover.preload([ExpertKey(0, 0), ExpertKey(0, 1)], lambda done: None)
 
 
+def test_decode_gets_what_has_landed_together_and_prefill_one_by_one(
+    bench: Callable[..., Bench],
+) -> None:
+    b = bench([4], 0)
+    b.use(0, [0, 1, 2, 3])
+    for phase, sizes in ((Phase.DECODE, [4]), (Phase.PREFILL, [1, 1, 1, 1])):
+        with b.mover.lease(0, [0, 1, 2, 3], phase) as arriving:
+            assert [len(landed) for landed in arriving] == sizes
+    b.mover.table.check()
+    assert all(entry.locks == 0 for entry in b.mover.table.entries())
+
+
 def test_waiting_is_booked_as_stall(bench: Callable[..., Bench]) -> None:
     b = bench([1], 1)
     b.reader.gate.clear()
@@ -298,7 +311,7 @@ def test_a_failure_of_an_ended_lease_does_not_fail_the_next(bench: Callable[...,
     lease = b.mover.lease(1, [3, 4], Phase.DECODE)
     b.reader.gate.set()
     with lease as arriving:
-        assert sorted(expert for expert, _ in arriving) == [3, 4]
+        assert sorted(expert for expert, _ in chain.from_iterable(arriving)) == [3, 4]
     assert all(entry.locks == 0 for entry in b.mover.table.entries())
 
 
