@@ -1,0 +1,54 @@
+"""How fast could a cell be at best on this machine?
+
+In memory every weight that a token needs is read once; under a limit the experts that are not in
+memory come from disk. A share of that ceiling says more than tokens per second. Reading a prompt in
+memory is bound by arithmetic; it has no ceiling here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fate_moe.bench.machine import Card
+from fate_moe.store.format import Manifest
+from fate_moe.store.header import read_header
+
+_EMBEDDING = "embed_tokens."  # of it a token reads one row
+
+
+def token_bytes(store: Path, manifest: Manifest, top_k: int) -> int:
+    """Return the bytes of weights that one token reads: residents, and K experts of each layer.
+
+    Raises:
+        FormatError: the resident file breaks its format.
+    """
+    header = read_header(store / manifest.resident.file)
+    resident = sum(
+        tensor.nbytes for name, tensor in header.tensors.items() if _EMBEDDING not in name
+    )
+    return resident + sum(top_k * layer.record_bytes for layer in manifest.layers)
+
+
+def decode_ceiling(card: Card, read_bytes: float, moved_bytes: float) -> float | None:
+    """Return the most tokens per second; memory and disk work at the same time.
+
+    Args:
+        read_bytes: of weights a token, from memory.
+        moved_bytes: of experts a token, from disk.
+    Returns:
+        None where bytes moved and the disk was not measured.
+    """
+    disk_s = _disk_seconds(card, moved_bytes)
+    return None if disk_s is None else 1 / max(read_bytes / card.memory_rate, disk_s)
+
+
+def prefill_ceiling(card: Card, tokens: int, moved_bytes: float) -> float | None:
+    """Return the most tokens per second of a prompt whose experts came from disk; None if none."""
+    disk_s = _disk_seconds(card, moved_bytes)
+    return tokens / disk_s if disk_s else None
+
+
+def _disk_seconds(card: Card, moved_bytes: float) -> float | None:
+    if not moved_bytes:
+        return 0.0
+    return moved_bytes / card.disk_rate if card.disk_rate else None

@@ -1,0 +1,301 @@
+"""`fate bench`: how fast is Fate on this machine, beside others?"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Annotated
+
+import typer
+
+from fate_moe.cli.app import app
+from fate_moe.cli.terminal import (
+    TerminalProgress,
+    default_cache_dir,
+    emit_json,
+    guarded,
+    say,
+    show_report,
+)
+from fate_moe.config import parse_size
+from fate_moe.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fate_moe.bench.rivals.rival import Rival
+    from fate_moe.bench.rounds import Bench, Form, Row
+
+bench_app = typer.Typer(help="Measure speed on this machine.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
+
+WHAT, WHO = "What to measure", "Whom to measure"
+
+Shape = Annotated[
+    str,
+    typer.Argument(
+        metavar="SHAPE",
+        help="Sizes of the model, whose weights are random: qwen1.5-moe-a2.7b (8 GB on disk for "
+        "Fate, 8 GB more for others), qwen3-30b-a3b, olmoe-1b-7b, gpt-oss-20b, or tiny.",
+    ),
+]
+LlamaBench = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="PATH", rich_help_panel=WHO,
+        help="The llama-bench of llama.cpp, built for this machine.",
+    ),
+]  # fmt: skip
+IkLlamaBench = Annotated[
+    Path | None,
+    typer.Option(metavar="PATH", rich_help_panel=WHO, help="The llama-bench of ik_llama.cpp."),
+]
+Full = Annotated[
+    bool,
+    typer.Option(
+        "--full/--short", rich_help_panel=WHAT,
+        help="Full: no limit, 6, 4 and 3 GiB, 64 tokens, every known setting, 3 rounds. Short: no "
+        "limit and 4 GiB, 32 tokens, one round; under 10 minutes once the models are made.",
+    ),
+]  # fmt: skip
+LimitList = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LIST", rich_help_panel=WHAT,
+        help="Memory of each whole process, such as none,6GiB,4GiB. A limit needs root and Linux.",
+    ),
+]  # fmt: skip
+Rounds = Annotated[
+    int | None,
+    typer.Option(metavar="N", min=1, max=1000, rich_help_panel=WHAT, help="Runs of everything."),
+]
+Prompt = Annotated[
+    int | None,
+    typer.Option(metavar="N", min=2, max=32768, rich_help_panel=WHAT,
+                 help="Tokens to read. Default: 512."),
+]  # fmt: skip
+Tokens = Annotated[
+    int | None,
+    typer.Option(metavar="N", min=2, max=4096, rich_help_panel=WHAT, help="Tokens to write."),
+]
+TimeLimit = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SECONDS", min=1, rich_help_panel=WHAT,
+        help="For each run; what takes longer did not finish. Default: 300.",
+    ),
+]  # fmt: skip
+Readahead = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LIST", rich_help_panel=WHAT,
+        help="Readahead of the disk in KiB to try under a limit for programs that map files, such "
+        "as 128,8192; put back afterwards. Needs root. Default: the machine's own.",
+    ),
+]  # fmt: skip
+Threads = Annotated[
+    int | None,
+    typer.Option(metavar="N", min=1, max=1024, rich_help_panel=WHAT,
+                 help="Computing threads of every program. Default: one per core."),
+]  # fmt: skip
+ResidentBits = Annotated[
+    int,
+    typer.Option(metavar="N", rich_help_panel=WHAT,
+                 help="Of Fate's weights that are no routed experts: 16, 8 or 4."),
+]  # fmt: skip
+Models = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Where the made-up models are kept. Default: bench in the cache folder.",
+    ),
+]
+Out = Annotated[
+    Path,
+    typer.Option(
+        metavar="DIR",
+        help="Receives rows.jsonl (a line for each run), card.json, table.md and plot.png.",
+    ),
+]
+JsonOut = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
+
+
+@bench_app.callback()
+def group() -> None:
+    """Measure speed on this machine."""
+
+
+@bench_app.command("rivals")
+@guarded
+def rivals(
+    shape: Shape = "qwen1.5-moe-a2.7b",
+    llama_bench: LlamaBench = None,
+    ik_llama_bench: IkLlamaBench = None,
+    full: Full = False,
+    limits: LimitList = None,
+    rounds: Rounds = None,
+    prompt: Prompt = None,
+    tokens: Tokens = None,
+    time_limit: TimeLimit = None,
+    readahead: Readahead = None,
+    threads: Threads = None,
+    resident_bits: ResidentBits = 4,
+    models: Models = None,
+    out: Out = Path("fate-bench"),
+    json_out: JsonOut = False,
+) -> None:
+    """Measure Fate and programs like it on the same weights, in turns, under the same limits.
+
+    The model is made up once, in about a minute: a store for Fate, a GGUF for the others. Each run
+    is a process of its own; every program reads and writes random tokens. What is measured depends
+    on what else the machine does: leave it alone meanwhile.
+
+    Examples:
+
+        fate bench rivals --llama-bench llama.cpp/build/bin/llama-bench
+
+        fate bench rivals --full --llama-bench ./llama-bench --readahead 128,8192
+
+        fate bench rivals olmoe-1b-7b --limits none,2GiB --rounds 5 --out olmoe
+    """
+    if resident_bits not in (4, 8, 16):
+        raise ConfigError(f"resident-bits: {resident_bits} is none of 4, 8, 16")
+    form = _form(full, limits, rounds, prompt, tokens, time_limit)
+    binaries = {"llama.cpp": llama_bench, "ik_llama.cpp": ik_llama_bench}
+    with TerminalProgress() as progress:
+        from fate_moe.bench import rounds as running
+        from fate_moe.bench.readahead import parse_kib
+
+        kib = () if readahead is None else tuple(parse_kib(readahead))
+        _check_limits(form)
+        root = models or default_cache_dir() / "bench"
+        bench = _prepare(shape, root, binaries, resident_bits, threads, progress)
+        if kib and bench.disk is None:
+            _tell("readahead stays as it is: it cannot be set here (needs root)")
+        form = replace(form, readahead_kib=kib if bench.disk else ())
+        with _open_out(out) as lines:
+            (out / "card.json").write_text(json.dumps(asdict(bench.card), indent=1) + "\n")
+            found = running.run_rounds(bench, form, lines, _tell_row, progress)
+    _show(found, bench, out, f"{shape}: tokens per second", json_out)
+
+
+def _form(
+    full: bool,
+    limits: str | None,
+    rounds: int | None,
+    prompt: int | None,
+    tokens: int | None,
+    time_limit: float | None,
+) -> Form:
+    from fate_moe.bench.rounds import Form
+
+    gib = 2**30
+    sizes: tuple[int | None, ...] = (None, 6 * gib, 4 * gib, 3 * gib) if full else (None, 4 * gib)
+    if limits is not None:
+        sizes = tuple(
+            None if part.strip() == "none" else _limit(part) for part in limits.split(",")
+        )
+        if len(set(sizes)) != len(sizes):
+            raise ConfigError(f"limits: {limits!r:.80} names one twice")
+    return Form(
+        limits=sizes,
+        rounds=rounds or (3 if full else 1),
+        prompt_tokens=prompt or 512,
+        new_tokens=tokens or (64 if full else 32),
+        seconds=time_limit or 300.0,
+        thorough=full,
+    )
+
+
+def _limit(text: str) -> int:
+    size = parse_size(text.strip(), "limits")
+    if size.count_bytes is None or size.count_bytes < 2**20:
+        raise ConfigError(f"limits: {text!r:.40}: need none or a size from 1MiB, such as 4GiB")
+    return size.count_bytes
+
+
+def _check_limits(form: Form) -> None:
+    from fate_moe.bench.cgroup import unavailable
+
+    if any(limit is not None for limit in form.limits) and (reason := unavailable()):
+        raise ConfigError(f"{reason} (--limits none)")
+
+
+def _prepare(
+    shape: str,
+    root: Path,
+    binaries: dict[str, Path | None],
+    resident_bits: int,
+    threads: int | None,
+    progress: TerminalProgress,
+) -> Bench:
+    """Check every program, make the models, measure the machine."""
+    from fate_moe.bench.ceilings import token_bytes
+    from fate_moe.bench.machine import draw_card, usable_cores
+    from fate_moe.bench.readahead import disk_of, why_fixed
+    from fate_moe.bench.rivals.table import open_rivals
+    from fate_moe.bench.rounds import Bench
+    from fate_moe.bench.shapes import find_shape
+    from fate_moe.bench.synthetic import write_store
+    from fate_moe.bench.synthetic_gguf import write_gguf
+
+    sizes = find_shape(shape)
+    store, gguf = root / shape / f"store-resident{resident_bits}", root / shape / "model.gguf"
+    running: list[Rival] = open_rivals(store, gguf, binaries)
+    manifest = write_store(sizes, store, resident_bits=resident_bits, progress=progress)
+    if len(running) > 1:
+        write_gguf(sizes, gguf, progress=progress)
+    card = draw_card(running[0].files, progress)
+    disk = disk_of(store)
+    return Bench(
+        rivals=running,
+        card=card,
+        disk=None if why_fixed(disk) else disk,
+        read_bytes=token_bytes(store, manifest, int(sizes.config().num_experts_per_tok)),
+        threads=threads or usable_cores(),
+    )
+
+
+def _open_out(out: Path) -> IO[str]:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        return (out / "rows.jsonl").open("a", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"out: {out}: cannot be written: {error.strerror or error}") from error
+
+
+def _tell(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+
+
+def _tell_row(row: Row) -> None:
+    from fate_moe.bench.standings import limit_text
+
+    what = row.state if row.tok_s is None else f"{row.tok_s:.2f} tok/s"
+    share = "" if row.share is None else f", {100 * row.share:.0f} % of the ceiling"
+    why = f" ({row.why})" if row.why else ""
+    ahead = "" if row.readahead_kib is None else f", readahead {row.readahead_kib} KiB"
+    _tell(
+        f"round {row.round}, {limit_text(row.limit_bytes)}, {row.stage}: {row.rival} "
+        f"({row.setting}{ahead}): {what}{share}{why}, {row.wall_s:.0f} s"
+    )
+
+
+def _show(rows: list[Row], bench: Bench, out: Path, title: str, json_out: bool) -> None:
+    from fate_moe.bench import standings
+
+    found = standings.standings(rows)
+    table = standings.markdown(found, bench.card, title)
+    try:
+        (out / "table.md").write_text(table, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{out}: cannot be written: {error.strerror or error}") from error
+    standings.plot(found, out / "plot.png", title)
+    if json_out:
+        emit_json({"card": asdict(bench.card), "standings": [asdict(one) for one in found],
+                   "out": str(out)})  # fmt: skip
+        return
+    say(table)
+    names = ("rows.jsonl", "card.json", "table.md", "plot.png")
+    show_report([("written", " ".join(os.fspath(out / name) for name in names))])
