@@ -15,6 +15,8 @@ from fate_moe.budget import Demands
 from fate_moe.config import Limits
 from fate_moe.errors import ConfigError
 from fate_moe.models.load import Skeleton
+from fate_moe.models.quantized import UNPACKED_BYTES
+from fate_moe.models.records import is_record, record_shapes
 from fate_moe.store.format import Manifest
 from fate_moe.store.header import read_header
 from fate_moe.telemetry import rss_bytes
@@ -50,16 +52,21 @@ def demands_of(
         scored: tokens whose scores over the vocabulary are held at once.
     """
     header = read_header(store / manifest.resident.file)
-    shapes = [tensor.shape for tensor in header.tensors.values()]
-    sizes = [prod(shape) * dtype.itemsize for shape in shapes]
+    plain = [entry for name, entry in header.tensors.items() if not is_record(name)]
+    sizes = [prod(entry.shape) * dtype.itemsize for entry in plain]
+    matrices = record_shapes(header, skeleton.module)
+    shapes = [entry.shape for entry in plain] + list(matrices)
+    records_bytes = sum(entry.nbytes for name, entry in header.tensors.items() if is_record(name))
     # Before the process is weighed: asking the family's code takes memory for good, the first time.
     kv_bytes = skeleton.kv_bytes(context, dtype)
     return Demands(
         base_bytes=rss_bytes(),
-        weights_bytes=sum(sizes),
-        load_bytes=manifest.resident.bytes + max(sizes) + _MARGIN_BYTES,
+        weights_bytes=sum(sizes) + records_bytes,
+        # Records are read into the place where they stay, the rest through a mapped file.
+        load_bytes=manifest.resident.bytes - records_bytes + max(sizes, default=0) + _MARGIN_BYTES,
         kv_bytes=kv_bytes,
         workspace_bytes=_workspace_bytes(manifest, skeleton, shapes, dtype, context)
+        + (_record_bytes(matrices, skeleton, context) if matrices else 0)
         + _score_bytes(skeleton, scored),
         slot_bytes=max(layer.record_bytes for layer in manifest.layers),
         num_experts=sum(layer.num_experts for layer in manifest.layers),
@@ -86,9 +93,8 @@ def context_tokens(limits: Limits, skeleton: Skeleton) -> int:
 def _workspace_bytes(
     manifest: Manifest, skeleton: Skeleton, shapes: Shapes, dtype: torch.dtype, context: int
 ) -> int:
-    vocabulary = skeleton.vocabulary
-    tokens = context if skeleton.prefills_whole else min(PREFILL_CHUNK_TOKENS, context)
-    widths = [s[0] for s in shapes if len(s) == 2 and s[0] != vocabulary]  # [out, in]
+    tokens = _tokens_at_once(skeleton, context)
+    widths = _widths(shapes, skeleton)
     per_token = (
         (12 + skeleton.top_k) * skeleton.hidden  # live hidden states and the experts' parts
         + 3 * max(widths, default=skeleton.hidden)  # the widest feed-forward: gate, up, product
@@ -96,6 +102,22 @@ def _workspace_bytes(
     )
     unpacked = _UNPACKED[_bits(manifest)] * max(layer.record_bytes for layer in manifest.layers)
     return tokens * per_token * dtype.itemsize + unpacked + _MARGIN_BYTES
+
+
+def _record_bytes(matrices: Shapes, skeleton: Skeleton, context: int) -> int:
+    """Size up what layers computed from records take: float32 and int8 copies, unpacked rows."""
+    widest = max(_widths(matrices, skeleton), default=skeleton.hidden)
+    copies = 10 * _tokens_at_once(skeleton, context) * max(widest, skeleton.hidden)
+    return copies + 10 * skeleton.vocabulary + UNPACKED_BYTES
+
+
+def _tokens_at_once(skeleton: Skeleton, context: int) -> int:
+    return context if skeleton.prefills_whole else min(PREFILL_CHUNK_TOKENS, context)
+
+
+def _widths(shapes: Shapes, skeleton: Skeleton) -> list[int]:
+    """Return the outputs of all matrices [out, in] but those of the vocabulary."""
+    return [s[0] for s in shapes if len(s) == 2 and s[0] != skeleton.vocabulary]
 
 
 def _bits(manifest: Manifest) -> int:

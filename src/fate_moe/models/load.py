@@ -19,7 +19,8 @@ from torch import nn
 
 from fate_moe.errors import ModelError
 from fate_moe.models.families import REFUSED
-from fate_moe.models.kv_cache import kv_bytes, most_of, new_cache
+from fate_moe.models.kv_cache import kv_growth, most_of, new_cache
+from fate_moe.models.records import find_records, is_record
 from fate_moe.models.seam import MoESite, experts_left_out, find_sites
 
 _AUTO_CLASSES = (
@@ -74,7 +75,7 @@ class Skeleton:
 
     def kv_bytes(self, tokens: int, dtype: torch.dtype) -> int:
         """Bytes of key/value cache that a conversation of so many tokens takes, at most."""
-        return kv_bytes(self.module, tokens, dtype)
+        return kv_growth(self.module, dtype)(tokens)
 
     @property
     def prefills_whole(self) -> bool:
@@ -175,25 +176,29 @@ def load_residents(
         The transformers model in eval mode, and its MoE sites in model order.
     Raises:
         ModelError: a tensor is missing, unexpected or of the wrong shape.
+        FormatError: a record is no matrix of the model, or cannot be read.
     """
-    auto = _auto_class(skeleton.config)
+    records = find_records(folder, skeleton.module)
+    model_class: Any = records.model_class(type(skeleton.module), dtype)
     generation = _generation_config(folder, skeleton)
     with quiet_transformers(), experts_left_out(skeleton.module):
         try:
-            model, info = auto.from_pretrained(
-                folder, dtype=dtype, output_loading_info=True, local_files_only=True,
-                trust_remote_code=False, use_safetensors=True, generation_config=generation,
+            model, info = model_class.from_pretrained(
+                folder, config=skeleton.module.config, dtype=dtype, output_loading_info=True,
+                local_files_only=True, trust_remote_code=False, use_safetensors=True,
+                generation_config=generation,
             )  # fmt: skip
         except (OSError, ValueError, RuntimeError) as error:
             raise ModelError(f"{folder}: {_first_line(error)}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info.get(kind):
-            first = sorted(str(key) for key in info[kind])[0]
+        keys = sorted(str(key) for key in info.get(kind) or () if not is_record(str(key)))
+        if keys:
             raise ModelError(
-                f"{folder}: {len(info[kind])} {kind.replace('_', ' ')} in the store, first {first};"
+                f"{folder}: {len(keys)} {kind.replace('_', ' ')} in the store, first {keys[0]};"
                 " convert the model again"
             )
     own_memory(model, whole=dtype is skeleton.dtype)
+    records.load_into(model)
     if model.can_generate():
         model.generation_config = generation
     model.eval()
