@@ -1,5 +1,6 @@
 """Fixtures that several suites share."""
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +23,13 @@ settings.load_profile("default")
 # No test may reach a model hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)  # tiny matrices: threads only cost
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _imports_out_of_the_collectors_sight() -> None:
+    """Every conversion collects garbage: a quarter of a second over all that torch has made."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -5,8 +5,9 @@ its models are published, converts it, and compares the engine with plain `eager
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -24,7 +25,7 @@ from fate_moe.engine import Engine, build, generate
 from fate_moe.engine.demands import PREFILL_CHUNK_TOKENS
 from fate_moe.engine.generate import Conversation, Sampling
 from fate_moe.engine.prepare import convert_model
-from fate_moe.models.kv_cache import new_cache, tensors_of
+from fate_moe.models.kv_cache import kv_growth, new_cache, tensors_of
 from fate_moe.models.load import load_tokenizer, quiet_transformers
 from fate_moe.models.seam import UNDECORATED, find_experts
 from fate_moe.quant.codec import decode
@@ -139,7 +140,8 @@ def check_family(model_type: str, work: Path) -> Outcome:
 
 def compare(model_type: str, store: Path, reference: Any) -> Outcome:
     config = make_config(
-        experts="30%", allocation="even", window=4, dtype="float32", context_tokens=64
+        experts="30%", allocation="even", window=4, compute="eager", dtype="float32",
+        context_tokens=64,
     )
     engine = build(store, config)
     try:
@@ -175,43 +177,51 @@ def same_answers(engine: Engine, reference: Any, tokenizer: Any) -> None:
     Once more with prompts in pieces: a family whose code cannot go on from what it has read must
     not be asked to.
     """
+    want = cache(partial(plain_answer, reference))
     for chunk_tokens in (PREFILL_CHUNK_TOKENS, 4):
         with patch.object(generate, "PREFILL_CHUNK_TOKENS", chunk_tokens):
             talk = Conversation(engine, tokenizer)
             for prompt in PROMPTS:
                 ids = tokenizer(prompt)["input_ids"]
-                answer = same_answer(talk, prompt, ids, reference)
+                answer = same_answer(talk, prompt, ids, want)
             # Tokens, for a random model's answer need not read back as the same ones.
             longer = [*ids, *answer, *tokenizer(" and so on")["input_ids"]]
             with patch.object(talk, "_encode", return_value=longer):
-                same_answer(talk, "the next turn", longer, reference)
+                same_answer(talk, "the next turn", longer, want)
 
 
-def same_answer(talk: Conversation, prompt: str, ids: list[int], reference: Any) -> list[int]:
+def same_answer(
+    talk: Conversation, prompt: str, ids: list[int], want: Callable[[tuple[int, ...]], list[int]]
+) -> list[int]:
     """Compare one greedy answer, return its tokens."""
     have = list(talk.ask(prompt, Sampling(max_new_tokens=NEW_TOKENS)).token_ids)
-    tokens = torch.tensor([ids])
-    with torch.no_grad():
-        want = reference.generate(
-            input_ids=tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=NEW_TOKENS,
-            do_sample=False,
-        )[0, len(ids) :]  # fmt: skip
-    assert have == want.tolist(), f"answers differ to {prompt!r}"
+    assert have == want(tuple(ids)), f"answers differ to {prompt!r}"
     return have
+
+
+@torch.no_grad()
+def plain_answer(reference: Any, ids: tuple[int, ...]) -> list[int]:
+    tokens = torch.tensor([ids])
+    answer: list[int] = reference.generate(
+        input_ids=tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+    )[0, len(ids) :].tolist()  # fmt: skip
+    return answer
 
 
 @torch.no_grad()
 def room_for_what_is_cached(engine: Engine, reference: Any) -> None:
     """Hold the planned bytes of the cache against what it holds."""
     model, skeleton = engine.model, engine.blueprint.skeleton
+    growth = kv_growth(skeleton.module, model.dtype)
     for tokens in (PROMPT_TOKENS, 2 * PROMPT_TOKENS, 5 * PROMPT_TOKENS):
-        cache = new_cache(model)
+        held = new_cache(model)
         ids = torch.arange(3, 3 + tokens)[None]
-        out = model(input_ids=ids, past_key_values=cache, use_cache=True)
-        if cache is None and generates(reference):
-            cache = out.past_key_values
-        have = sum(tensor.nbytes for tensor in tensors_of(cache))
-        planned = skeleton.kv_bytes(tokens, model.dtype)
+        out = model(input_ids=ids, past_key_values=held, use_cache=True)
+        if held is None and generates(reference):
+            held = out.past_key_values
+        have = sum(tensor.nbytes for tensor in tensors_of(held))
+        planned = growth(tokens)
         assert have <= planned <= 4 * have, f"{tokens} tokens: {have} held, {planned} planned"
 
 

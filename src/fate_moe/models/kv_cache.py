@@ -8,7 +8,7 @@ counted.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from math import ceil
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fate_moe.models.meta import RememberedShapes
 from fate_moe.models.seam import find_experts
 
 _PROBES = 4, 7, 8
@@ -61,12 +62,13 @@ def chunks_continue(model: Any) -> bool:
     return (major, minor) >= (5, 23) and new_cache(model) is not None
 
 
-def kv_bytes(module: Any, tokens: int, dtype: torch.dtype) -> int:
-    """Return the bytes that the cache of a conversation holds, at most.
+def kv_growth(module: Any, dtype: torch.dtype) -> Callable[[int], int]:
+    """Return what says how many bytes the cache of a conversation of so many tokens holds, at most.
+
+    The tokens are those of prompt and answer together.
 
     Args:
         module: a transformers model on the meta device.
-        tokens: prompt and answer together.
         dtype: what the model computes in. States that it keeps wider are counted as they are.
     """
     from torch.fx.experimental import _config as shapes
@@ -78,13 +80,15 @@ def kv_bytes(module: Any, tokens: int, dtype: torch.dtype) -> int:
         with (
             _experts_passed_over(module),
             shapes.patch(meta_nonzero_assume_all_nonzero=True),  # type: ignore[attr-defined]
+            RememberedShapes(),
         ):
             held = [_held_bytes(module, count, dtype) for count in _PROBES]
     except refusals:
-        return tokens * bytes_per_token(module.config.get_text_config(decoder=True), dtype)
+        each = bytes_per_token(module.config.get_text_config(decoder=True), dtype)
+        return lambda tokens: tokens * each
     probed = list(zip(_PROBES, held, strict=True))
     steepest = max((y - x) / (n - m) for (m, x), (n, y) in pairwise(probed))
-    return max(*held, held[0] + ceil(steepest * (tokens - _PROBES[0])))
+    return lambda tokens: max(*held, held[0] + ceil(steepest * (tokens - _PROBES[0])))
 
 
 def values_of(config: Any, name: str) -> list[Any]:
