@@ -1,12 +1,14 @@
 """How is a model of a shape made up, with weights that are random and on the INT4 grid at once?
 
-Every matrix is a run of groups out of one pool of random groups, at a start that its name decides.
+Every matrix is a run of groups out of a pool of random groups, at a start that its name decides.
 So a weight is the same wherever it is asked for, in whatever packing, and gigabytes are written at
 the disk's speed. A group of 64 is two Q4_0 blocks with one scale: store and GGUF hold the same
 values (see `synthetic_gguf`). Nothing here tells a true model's quality; for time alone.
 
-Codes are 1 to 15 around a zero of 8: their mean is 0, so no direction grows through the layers and
-tokens spread over the experts nearly evenly, which is the worst case for every cache.
+Tokens spread over the experts nearly evenly, which is the worst case for every cache. For that,
+codes are 1 to 15 around a zero of 8, whose mean is 0, so that no direction grows through the
+layers; and embeddings are large where what layers add is small, most of all by attention, which is
+nearly the same for neighbours: a token's own direction stays what its routers see.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -38,21 +41,27 @@ Bytes = NDArray[np.uint8]
 ZERO = 8
 WEIGHT_STD = 0.02
 _CODES_STD = 4.32  # of 1..15, all equally likely
+_GAINS = {"embed_tokens": 32.0, "o_proj": 1 / 8, "down_proj": 1 / 2}  # powers of two: exact in fp16
 _POOL_GROUPS = 131_071  # a prime: no whole number of rows, so rows that repeat are far apart
 _PIECE_GROUPS = 1 << 16
 _LEAST_ROWS, _LEAST_WEIGHTS = 32, 1 << 16  # of a resident matrix that is worth codes
 
 
 class Pool:
-    """Random groups of `group` weights in each form that files want them in."""
+    """Random groups of `group` weights in each form that files want them in.
 
-    def __init__(self, group: int, seed: int = 0) -> None:
-        rng = np.random.default_rng((seed, group))
+    Args:
+        kind: a key of the gains, each with weights of its own; "" for everything else.
+    """
+
+    def __init__(self, group: int, kind: str = "") -> None:
+        rng = np.random.default_rng((group, *kind.encode()))
+        gain = _GAINS.get(kind, 1.0)
         count = _POOL_GROUPS
         self.group = group
         self.codes: Bytes = rng.integers(1, 16, (count, group), dtype=np.uint8)
         spread = rng.uniform(0.75, 1.25, count) * WEIGHT_STD / _CODES_STD
-        self.scale = spread.astype(np.float16)
+        self.scale = spread.astype(np.float16) * np.float16(gain)
         quarters = self.codes.reshape(count, 4, group // 4)
         self.high = _plane(quarters >> 2)
         self.low = _plane(quarters & 3)
@@ -66,6 +75,10 @@ class Pool:
         """Say at which group the weights of a matrix start."""
         key = f"{name}/{'' if expert is None else expert}".encode()
         return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") % _POOL_GROUPS
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def _plane(pairs: NDArray[Any]) -> Bytes:
@@ -113,8 +126,12 @@ class SyntheticSource:
         config = shape.config_json()
         (self._folder / "config.json").write_bytes(config)
         _write_tokenizer(self._folder)
-        digest = hashlib.blake2b(config, digest_size=16).hexdigest()
-        self.source = Source(f"synthetic/{shape.name}", None, {"config.json": digest})
+        self._pools: dict[tuple[int, str], Pool] = {}
+        self._making = Lock()
+        digests = {"config.json": config, "weights": self._recipe()}
+        self.source = Source(
+            f"synthetic/{shape.name}", None, {name: _digest(data) for name, data in digests.items()}
+        )
         skeleton = read_skeleton(self._folder)
         self.skeleton: nn.Module = skeleton.module
         self.expert_layers = tuple(
@@ -123,11 +140,18 @@ class SyntheticSource:
         )
         self._layouts = [record_layout(layer, GROUPS[0], 4, "") for layer in self.expert_layers]
         self.matrices = _resident_matrices(skeleton.module)
-        self._pools = {group: Pool(group) for group in GROUPS}
 
-    def pool(self, group: int) -> Pool:
-        """Return the pool of groups of so many weights."""
-        return self._pools[group]
+    def pool(self, name: str, group: int) -> Pool:
+        """Return the pool that a matrix is taken from, by its name and group."""
+        kind = next((kind for kind in _GAINS if name.endswith(kind)), "")
+        with self._making:
+            if (group, kind) not in self._pools:
+                self._pools[group, kind] = Pool(group, kind)
+            return self._pools[group, kind]
+
+    def _recipe(self) -> bytes:
+        """What decides the weights: a store of another recipe is another source."""
+        return repr(_GAINS).encode() + run(self.pool("", GROUPS[0]).q4_0, 0, 64).tobytes()
 
     @property
     def folder(self) -> Path:
@@ -180,8 +204,9 @@ class SyntheticSource:
         layer, layout = self.expert_layers[key.layer], self._layouts[key.layer]
         out = np.zeros(layout.record_bytes, dtype=np.uint8)
         for matrix, at in zip(layout.matrices, layout.offsets, strict=True):
-            pool = self._pools[matrix.group]
-            start = pool.start(f"{layer.path}.{matrix.name}", key.expert)
+            name = f"{layer.path}.{matrix.name}"
+            pool = self.pool(name, matrix.group)
+            start = pool.start(name, key.expert)
             for offset, piece in _sections(pool, matrix, start, at.scale, (at.high, at.low)):
                 out[offset : offset + len(piece)] = piece
             _put_zeros(out, at.zero, matrix)
@@ -213,7 +238,7 @@ class SyntheticSource:
     def _resident_record(self, path: str, matrix: MatrixSpec) -> Bytes:
         layout = self._resident_layout(matrix)
         out = np.zeros(layout.record_bytes, dtype=np.uint8)
-        pool, at = self._pools[matrix.group], layout.offsets[0]
+        pool, at = self.pool(path, matrix.group), layout.offsets[0]
         planes = (at.high, at.low) if self._bits == 4 else (at.values,)
         start = pool.start(path, None)
         for offset, piece in _sections(pool, matrix, start, at.scale, planes):
@@ -222,7 +247,7 @@ class SyntheticSource:
         return out
 
     def _bfloat16(self, path: str, matrix: MatrixSpec) -> Iterator[memoryview]:
-        pool = self._pools[matrix.group]
+        pool = self.pool(path, matrix.group)
         start, left = pool.start(path, None), matrix.rows * matrix.groups
         while left:
             count = min(left, _PIECE_GROUPS)

@@ -175,7 +175,7 @@ def _packed(
     source: SyntheticSource, matrix: MatrixSpec, name: str, expert: int | None
 ) -> NDArray[np.uint8]:
     """Make a matrix in Q4_0: uint8 [rows, row bytes]."""
-    pool = source.pool(matrix.group)
+    pool = source.pool(name, matrix.group)
     data = run(pool.q4_0, pool.start(name, expert), matrix.rows * matrix.groups)
     return data.reshape(matrix.rows, -1)
 

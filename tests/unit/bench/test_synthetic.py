@@ -129,8 +129,15 @@ def test_weights_are_of_the_right_size_and_differ(pair: tuple[Shape, Path, Path]
         for e in (0, 1)
     ]  # fmt: skip
     assert not torch.equal(*found)
-    assert 0.017 < found[0].std() < 0.023
+    assert 0.017 < found[0].std() < 0.023  # gate and up; what a layer adds is smaller
     assert abs(found[0].mean()) < 0.002
+
+
+def test_gains_are_in_the_scales_alone() -> None:
+    plain, large = Pool(64), Pool(64, "embed_tokens")
+    assert large.scale.mean() == pytest.approx(32 * plain.scale.mean(), rel=0.01)
+    assert large.codes.mean() == pytest.approx(plain.codes.mean(), abs=0.01)
+    assert not np.array_equal(plain.codes, large.codes)
 
 
 def test_a_store_is_intact(pair: tuple[Shape, Path, Path]) -> None:
@@ -151,26 +158,31 @@ def test_resident_bits_of_eight_are_the_same_values(folder: Path) -> None:
     assert torch.equal(*found)
 
 
-def test_a_store_opens_and_routes_nearly_evenly(folder: Path) -> None:
-    store = folder / "tiny-16"
-    write_store(TINY, store, resident_bits=16)
-    engine = build(store, make_config("resident"))
+def test_a_deep_model_routes_nearly_evenly_in_every_layer(folder: Path) -> None:
+    numbers = {
+        **TINY.numbers, "hidden_size": 128, "num_hidden_layers": 16, "vocab_size": 8192,
+        "shared_expert_intermediate_size": 352,
+    }  # fmt: skip
+    write_store(Shape("deep", "qwen2_moe", numbers), folder / "deep", resident_bits=16)
+    engine = build(folder / "deep", make_config("resident"))
+    used: list[Counter[int]] = []
+
+    def note(module: Any, args: Any, output: Any) -> None:
+        used.append(Counter(output[2].flatten().tolist()))
+
     try:
-        used: Counter[int] = Counter()
-
-        def note(module: Any, args: Any, output: Any) -> None:
-            used.update(output[2].flatten().tolist())
-
-        engine.model.model.layers[2].mlp.gate.register_forward_hook(note)
-        ids = torch.randint(2048, (1, 512), generator=torch.Generator().manual_seed(1))
+        for layer in engine.model.model.layers:
+            layer.mlp.gate.register_forward_hook(note)
+        ids = torch.randint(8192, (1, 512), generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
             logits = engine.model(input_ids=ids, logits_to_keep=1).logits
-        assert torch.isfinite(logits).all()
-        even = 512 * 3 / 16
-        assert len(used) == 16
-        assert max(used.values()) < 3 * even
     finally:
         engine.close()
+    assert torch.isfinite(logits).all()
+    even = 512 * 3 / 16
+    assert [len(counts) for counts in used] == [16] * 16
+    assert max(max(counts.values()) for counts in used) < 1.8 * even
+    assert min(min(counts.values()) for counts in used) > even / 2.5
 
 
 def test_a_run_goes_around_the_end() -> None:
