@@ -30,7 +30,8 @@ from fate_moe.bench.shapes import Shape
 from fate_moe.models.checkpoint import record_layout
 from fate_moe.models.expert_index import ExpertLayer, experts_of
 from fate_moe.models.load import read_skeleton
-from fate_moe.quant.record import GROUPS, MatrixSpec, RecordLayout, choose_group
+from fate_moe.models.records import record_name, resident_layout, worth_codes
+from fate_moe.quant.record import GROUPS, MatrixSpec
 from fate_moe.store.convert import SourceLayer, SourceTensor, convert
 from fate_moe.store.format import Manifest, Source
 from fate_moe.store.small_files import read_small
@@ -44,7 +45,6 @@ _CODES_STD = 4.32  # of 1..15, all equally likely
 _GAINS = {"embed_tokens": 32.0, "o_proj": 1 / 8, "down_proj": 1 / 2}  # powers of two: exact in fp16
 _POOL_GROUPS = 131_071  # a prime: no whole number of rows, so rows that repeat are far apart
 _PIECE_GROUPS = 1 << 16
-_LEAST_ROWS, _LEAST_WEIGHTS = 32, 1 << 16  # of a resident matrix that is worth codes
 
 
 class Pool:
@@ -139,7 +139,7 @@ class SyntheticSource:
             for path, module in experts_of(skeleton.module, shape.family).items()
         )
         self._layouts = [record_layout(layer, GROUPS[0], 4, "") for layer in self.expert_layers]
-        self.matrices = _resident_matrices(skeleton.module)
+        self.matrices = worth_codes(skeleton.module)
 
     def pool(self, name: str, group: int) -> Pool:
         """Return the pool that a matrix is taken from, by its name and group."""
@@ -195,8 +195,8 @@ class SyntheticSource:
             elif self._bits == 16:
                 half.append(SourceTensor(name, "BF16", shape))
             else:
-                size = self._resident_layout(matrix).record_bytes
-                codes.append(SourceTensor(_record_name(name), "U8", (size,)))
+                size = resident_layout(matrix, self._bits).record_bytes
+                codes.append(SourceTensor(record_name(name.removesuffix(".weight")), "U8", (size,)))
         return (*wide, *half, *codes)
 
     def record(self, key: ExpertKey) -> memoryview:
@@ -232,11 +232,8 @@ class SyntheticSource:
         """Remove `folder`."""
         self._scratch.cleanup()
 
-    def _resident_layout(self, matrix: MatrixSpec) -> RecordLayout:
-        return RecordLayout((matrix,), bits=self._bits)
-
     def _resident_record(self, path: str, matrix: MatrixSpec) -> Bytes:
-        layout = self._resident_layout(matrix)
+        layout = resident_layout(matrix, self._bits)
         out = np.zeros(layout.record_bytes, dtype=np.uint8)
         pool, at = self.pool(path, matrix.group), layout.offsets[0]
         planes = (at.high, at.low) if self._bits == 4 else (at.values,)
@@ -293,23 +290,6 @@ def _expert_layer(path: str, module: Any) -> ExpertLayer:
     params = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
     num_experts = next(iter(params.values()))[0]
     return ExpertLayer(path, num_experts, bool(getattr(module, "is_transposed", False)), params, {})
-
-
-def _resident_matrices(skeleton: nn.Module) -> dict[str, MatrixSpec]:
-    found = {}
-    for path, module in skeleton.named_modules():
-        if not isinstance(module, nn.Linear | nn.Embedding):
-            continue
-        rows, cols = module.weight.shape
-        is_large = rows >= _LEAST_ROWS and rows * cols >= _LEAST_WEIGHTS
-        is_router = path.rpartition(".")[2] in ("gate", "router")
-        if is_large and not is_router and cols % GROUPS[-1] == 0:
-            found[path] = MatrixSpec("weight", rows, cols, choose_group(path, cols))
-    return found
-
-
-def _record_name(name: str) -> str:
-    return f"{name.removesuffix('.weight')}.record"
 
 
 def _sections(
