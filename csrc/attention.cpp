@@ -1,0 +1,174 @@
+#include "attention.h"
+
+#include <algorithm>
+#include <cstring>
+#include <initializer_list>
+
+namespace fate {
+
+extern const DecodeKernels kDecodePortable;
+#if defined(FATE_X86)
+extern const DecodeKernels kDecodeAvx2, kDecodeAvx512;
+#elif defined(FATE_NEON)
+extern const DecodeKernels kDecodeNeon;
+#endif
+
+const DecodeKernels& decode_kernels() {
+  const char* name = active().name;
+#if defined(FATE_X86)
+  for (const DecodeKernels* one : {&kDecodeAvx512, &kDecodeAvx2})
+    if (std::strcmp(one->name, name) == 0) return *one;
+#elif defined(FATE_NEON)
+  if (std::strcmp(kDecodeNeon.name, name) == 0) return kDecodeNeon;
+#endif
+  static_cast<void>(name);
+  return kDecodePortable;
+}
+
+namespace {
+
+constexpr int kRowsAtOnce = 64;               // rows a core claims
+constexpr std::size_t kWorthSharing = 1 << 16;  // weights, or cached floats, from which cores share
+
+// Run pieces on all cores where the work is worth waking them.
+template <class Work> void share(Pool& pool, std::size_t size, int pieces, const Work& work) {
+  if (size >= kWorthSharing) return pool.run(pieces, work);
+  for (int piece = 0; piece < pieces; ++piece) work(piece, 0);
+}
+
+struct Product {
+  const Projection* matrix;
+  float* y;
+};
+
+void rows_of(const Product& product, const ActRow& codes, const float* x, int first, int last) {
+  const Projection& w = *product.matrix;
+  if (w.record != nullptr) {
+    active().gemv(w.place.at(w.record), codes, first, last, product.y + first);
+  } else {
+    decode_kernels().gemv(w.weight, x, w.place.cols, first, last, product.y + first);
+  }
+  if (w.bias != nullptr)
+    for (int r = first; r < last; ++r) product.y[r] += w.bias[r];
+}
+
+// Several products with the same x, as one piece of work.
+void project(Pool& pool, DecodeMemory& memory, const float* x,
+             std::initializer_list<Product> products) {
+  ActRow codes[3] = {};
+  int starts[4] = {0, 0, 0, 0};
+  std::size_t weights = 0;
+  int count = 0;
+  for (const Product& product : products) {
+    const Projection& w = *product.matrix;
+    const MatrixPlace& place = w.place;
+    const auto* last = count ? (products.begin() + count - 1)->matrix : nullptr;
+    if (w.record != nullptr) {
+      if (last != nullptr && last->record != nullptr && last->place.group == place.group &&
+          (last->place.bits == 8) == (place.bits == 8)) {
+        codes[count] = codes[count - 1];
+      } else {
+        std::uint8_t* bytes = memory.codes[count].get(act_row_bytes(place.cols, place.group));
+        active().quantize(x, place.cols, place.group, place.bits != 8, bytes);
+        codes[count] = act_row_at(bytes, place.cols, place.group);
+      }
+    }
+    weights += static_cast<std::size_t>(place.rows) * place.cols;
+    starts[count + 1] = starts[count] + (place.rows + kRowsAtOnce - 1) / kRowsAtOnce;
+    ++count;
+  }
+  share(pool, weights, starts[count], [&](int piece, int) {
+    int which = 0;
+    while (piece >= starts[which + 1]) ++which;
+    const Product& product = *(products.begin() + which);
+    const int first = (piece - starts[which]) * kRowsAtOnce;
+    rows_of(product, codes[which], x, first,
+            std::min(first + kRowsAtOnce, product.matrix->place.rows));
+  });
+}
+
+void norm_heads(const Norm& norm, float* x, int heads, int dim, bool whole) {
+  if (norm.weight == nullptr) return;
+  if (whole) return decode_kernels().rms_norm(x, norm.weight, heads * dim, norm.eps, x);
+  for (int h = 0; h < heads; ++h)
+    decode_kernels().rms_norm(x + h * dim, norm.weight, dim, norm.eps, x + h * dim);
+}
+
+}  // namespace
+
+void attend(Pool& pool, DecodeMemory& memory, const AttentionShape& shape, float* q, float* k,
+            const float* v, const float* cos, const float* sin, const CachePlace& cache, float* out) {
+  const DecodeKernels& kernels = decode_kernels();
+  const int dim = shape.dim, queries = shape.heads / shape.kv_heads, length = cache.length + 1;
+  norm_heads(shape.q_norm, q, shape.heads, dim, shape.norm_whole);
+  norm_heads(shape.k_norm, k, shape.kv_heads, dim, shape.norm_whole);
+  const std::size_t per_head = static_cast<std::size_t>(queries) * length;
+  float* scores = memory.scores.floats(per_head * shape.kv_heads);
+  share(pool, static_cast<std::size_t>(length) * shape.kv_heads * dim, shape.kv_heads,
+        [&](int head, int) {
+          for (int g = 0; g < queries; ++g)
+            kernels.rotate(q + (head * queries + g) * dim, cos, sin, shape.rotary / 2);
+          kernels.rotate(k + head * dim, cos, sin, shape.rotary / 2);
+          float* keys = cache.keys + head * cache.stride;
+          float* values = cache.values + head * cache.stride;
+          const std::size_t row = static_cast<std::size_t>(cache.length) * dim;
+          std::memcpy(keys + row, k + head * dim, sizeof(float) * dim);
+          std::memcpy(values + row, v + head * dim, sizeof(float) * dim);
+          kernels.attend(q + head * queries * dim, keys, values, length, dim, queries, shape.scale,
+                         scores + head * per_head, out + head * queries * dim);
+        });
+}
+
+void AttentionBlock::attention(Pool& pool, DecodeMemory& memory, const float* x, const float* cos,
+                               const float* sin, const CachePlace& cache, float* out) const {
+  float* const queries = memory.q.floats(q.place.rows);
+  float* const keys = memory.k.floats(k.place.rows);
+  float* const values = memory.v.floats(v.place.rows);
+  float* const attended = memory.between.floats(q.place.rows);
+  project(pool, memory, x, {{&q, queries}, {&k, keys}, {&v, values}});
+  attend(pool, memory, shape, queries, keys, values, cos, sin, cache, attended);
+  project(pool, memory, attended, {{&o, out}});
+}
+
+void AttentionBlock::layer(Pool& pool, DecodeMemory& memory, const float* x, const float* cos,
+                           const float* sin, const CachePlace& cache, float* out,
+                           float* normed) const {
+  const int width = q.place.cols;
+  decode_kernels().rms_norm(x, before.weight, width, before.eps, normed);
+  attention(pool, memory, normed, cos, sin, cache, out);
+  for (int i = 0; i < width; ++i) out[i] = x[i] + residual * out[i];
+  decode_kernels().rms_norm(out, after.weight, width, after.eps, normed);
+}
+
+void DenseBlock::run(Pool& pool, DecodeMemory& memory, const float* x, float* out) const {
+  const int width = gate.place.rows;
+  float* const gates = memory.q.floats(width);
+  float* const ups = memory.k.floats(width);
+  float* const inner = memory.between.floats(width);
+  project(pool, memory, x, {{&gate, gates}, {&up, ups}});
+  active().activate(form, gates, ups, 1, width, inner);
+  project(pool, memory, inner, {{&down, out}});
+}
+
+void RouterBlock::run(DecodeMemory& memory, const float* x, float* logits, float* weights,
+                      std::int64_t* ids) const {
+  decode_kernels().gemv(weight, x, width, 0, experts, logits);
+  float* const shares = memory.scores.floats(experts);
+  std::memcpy(shares, logits, sizeof(float) * experts);
+  decode_kernels().softmax(shares, experts);
+  float total = 0;
+  for (int i = 0; i < k; ++i) {
+    int best = -1;
+    for (int e = 0; e < experts; ++e) {
+      const bool taken = std::find(ids, ids + i, e) != ids + i;
+      if (!taken && (best < 0 || shares[e] > shares[best])) best = e;
+    }
+    ids[i] = best;
+    weights[i] = shares[best];
+    total += shares[best];
+  }
+  if (normalized)
+    for (int i = 0; i < k; ++i) weights[i] /= total;
+}
+
+}  // namespace fate

@@ -1,0 +1,33 @@
+// What does one token need besides quantized matrices? One table per instruction set, from decode.inl.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace fate {
+
+struct DecodeKernels {
+  const char* name;  // that of the Kernels of the same instruction set
+
+  // out[i] = weight[i] * x[i] / sqrt(mean(x^2) + eps). In place is fine.
+  void (*rms_norm)(const float* x, const float* weight, int count, float eps, float* out);
+
+  // x[i], x[i + half] turned by cos and sin [2 * half], in place.
+  void (*rotate)(float* x, const float* cos, const float* sin, int half);
+
+  // y[r - first] = dot(w[r], x) for rows [first, last) of w [rows, cols].
+  void (*gemv)(const float* w, const float* x, int cols, int first, int last, float* y);
+
+  // Softmax attention of `queries` [queries, dim] over keys and values [length, dim] into
+  // out [queries, dim]. `scores`: queries * length floats.
+  void (*attend)(const float* q, const float* keys, const float* values, int length, int dim,
+                 int queries, float scale, float* scores, float* out);
+
+  // x[i] = exp(x[i] - max) / sum.
+  void (*softmax)(float* x, int count);
+};
+
+// The table that belongs to the kernels in use (kernels.h).
+const DecodeKernels& decode_kernels();
+
+}  // namespace fate

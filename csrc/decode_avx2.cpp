@@ -1,0 +1,11 @@
+#include "simd_avx2.h"
+
+#include "kernels.inl"
+
+#include "decode.inl"
+
+namespace fate {
+
+extern const DecodeKernels kDecodeAvx2 = Decode<Avx2>::table();
+
+}  // namespace fate

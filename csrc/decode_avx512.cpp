@@ -1,0 +1,11 @@
+#include "simd_avx512.h"
+
+#include "kernels.inl"
+
+#include "decode.inl"
+
+namespace fate {
+
+extern const DecodeKernels kDecodeAvx512 = Decode<Avx512>::table();
+
+}  // namespace fate

@@ -1,0 +1,11 @@
+#include "simd_neon.h"
+
+#include "kernels.inl"
+
+#include "decode.inl"
+
+namespace fate {
+
+extern const DecodeKernels kDecodeNeon = Decode<Neon>::table();
+
+}  // namespace fate

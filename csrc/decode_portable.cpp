@@ -1,0 +1,11 @@
+#include "simd_portable.h"
+
+#include "kernels.inl"
+
+#include "decode.inl"
+
+namespace fate {
+
+extern const DecodeKernels kDecodePortable = Decode<Portable>::table();
+
+}  // namespace fate
