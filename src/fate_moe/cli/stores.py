@@ -59,6 +59,14 @@ def convert(
             help="fitted (least error), or minmax (each group's range, the yardstick).",
         ),
     ] = "fitted",
+    resident: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="Bits of the large matrices besides the experts' (attention, shared experts, the "
+            "vocabulary): 4, 8, or 16 (as they are).",
+        ),
+    ] = 16,
     force: Annotated[
         bool, typer.Option("--force", help="Replace the store that is there, once done.")
     ] = False,
@@ -86,6 +94,8 @@ def convert(
 
         fate convert ./my-checkpoint ./my-store --bits 8 --scales minmax
 
+        fate convert ./my-checkpoint ./my-small-store --resident 4
+
         fate convert ./my-model-Q4_0.gguf ./my-store
     """
     if scales not in ("fitted", "minmax"):
@@ -96,7 +106,7 @@ def convert(
         root = cache_dir or default_cache_dir()
         store, manifest = convert_model(
             model, out, cache_dir=root, revision=revision, group_size=group_size, bits=bits,
-            fitted=scales == "fitted", force=force, jobs=jobs, progress=progress,
+            fitted=scales == "fitted", resident=resident, force=force, jobs=jobs, progress=progress,
         )  # fmt: skip
     if json_out:
         emit_json({"store": str(store), **_summary(manifest)})
@@ -209,7 +219,8 @@ def _rows(manifest: Manifest) -> list[tuple[str, str]]:
     counts = sorted({layer.num_experts for layer in manifest.layers})
     has_head = manifest.quantization["bits"] == 4
     head = f", of which the INT2 head {format_bytes(first.head_bytes)}" if has_head else ""
-    choices = {name: value for name, value in manifest.quantization.items() if name != "source"}
+    own_rows = ("source", "resident_bits")
+    choices = {name: value for name, value in manifest.quantization.items() if name not in own_rows}
     quantization = ", ".join(f"{name} {value}" for name, value in choices.items())
     packings = manifest.quantization.get("source")
     fates = packings.items() if isinstance(packings, dict) else ()
@@ -223,6 +234,11 @@ def _rows(manifest: Manifest) -> list[tuple[str, str]]:
         (
             "size",
             f"{format_bytes(manifest.expert_bytes)} of experts, "
-            f"{format_bytes(manifest.resident.bytes)} of everything else",
+            f"{format_bytes(manifest.resident.bytes)} of everything else{_rest(manifest)}",
         ),
     ]
+
+
+def _rest(manifest: Manifest) -> str:
+    bits = manifest.quantization.get("resident_bits", 16)
+    return "" if bits == 16 else f" (large matrices in {bits} bits)"

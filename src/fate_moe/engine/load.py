@@ -12,7 +12,7 @@ from fate_moe.models.load import load_tokenizer
 from fate_moe.types import Progress, no_progress
 
 
-def load(
+def load(  # noqa: PLR0913 - a model's options, all of them by name
     model: str = "smolmoe",
     *,
     ram: str | int | Size | None = None,
@@ -21,6 +21,7 @@ def load(
     cache_dir: str | Path | None = None,
     revision: str | None = None,
     bits: int | None = None,
+    resident: int | None = None,
     progress: Progress = no_progress,
     **settings: object,
 ) -> tuple[Any, Any]:
@@ -39,6 +40,9 @@ def load(
         revision: commit, branch or tag of a hub id.
         bits: of the experts' weights: 4, 8, or 16 for experts as they are. None: a store as it is,
             and 4 where one is made.
+        resident: bits of the large matrices besides the experts' (attention, shared experts, the
+            vocabulary): 4, 8, or 16 for as they are. None: a store as it is, and 16 where one is
+            made.
         progress: told about everything that takes long.
         settings: any field of the config's sections, such as `predictor="none"`, `cache="lru"`,
             `allocation="even"`, `context_tokens=2048`, `dtype="float32"`, `io_threads=4`.
@@ -49,7 +53,9 @@ def load(
     """
     config = make_config(policy, ram=ram, experts=experts, **settings)
     root = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
-    store = find_store(model, cache_dir=root, revision=revision, bits=bits, progress=progress)
+    store = find_store(
+        model, cache_dir=root, revision=revision, bits=bits, resident=resident, progress=progress
+    )
     tokenizer = load_tokenizer(store)
     engine = build(store, config, progress=progress)
     return engine.model, tokenizer

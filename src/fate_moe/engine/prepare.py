@@ -21,16 +21,19 @@ from fate_moe.engine.hub import commit_of, download
 from fate_moe.errors import ConfigError, ModelError
 from fate_moe.models.checkpoint import open_checkpoint
 from fate_moe.models.gguf import SUFFIX, find_gguf
+from fate_moe.models.records import RESIDENT_BITS, resident_bits
+from fate_moe.models.resident import ResidentRecords
 from fate_moe.reference import SMOLMOE, build_smolmoe
-from fate_moe.store.convert import convert, is_made_from
+from fate_moe.store.convert import ExpertSource, convert, is_made_from
 from fate_moe.store.format import Manifest, is_store, read_manifest
 from fate_moe.store.ordered import check_jobs
 from fate_moe.types import Progress, no_progress
 
 DEFAULT_GROUP = 64
 DEFAULT_BITS = 4
+DEFAULT_RESIDENT = 16
 BITS = (4, 8, 16)
-_LIKE_SETTINGS = re.compile(r"@(4|8|16)bit(-minmax)?$")
+_LIKE_SETTINGS = re.compile(r"@(4|8|16)bit(-minmax)?(-resident[48])?$")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -49,6 +52,7 @@ def find_store(
     revision: str | None = None,
     bits: int | None = None,
     fitted: bool = True,
+    resident: int | None = None,
     progress: Progress = no_progress,
 ) -> Path:
     """Return the store of a model, making it first where there is none.
@@ -58,8 +62,8 @@ def find_store(
             `Qwen/Qwen3-30B-A3B`.
         cache_dir: where downloads and stores are kept.
         revision: commit, branch or tag of a hub id.
-        bits, fitted: as in `convert_model`; a store must hold what was asked for. None: a store as
-            it is, and 4 bits where one is made.
+        bits, fitted, resident: as in `convert_model`; a store must hold what was asked for. None: a
+            store as it is, and 4 and 16 bits where one is made.
     Raises:
         ModelError: nothing by that name, nothing that can be converted, or a store of other bits.
         ConfigError: bits or scales that do not exist.
@@ -68,11 +72,14 @@ def find_store(
     folder = _local(model)
     if folder is not None and is_store(folder):
         if bits is not None or not fitted:
-            _check_store(folder, _settings(bits or DEFAULT_BITS, fitted))
+            _check_experts(folder, _settings(bits or DEFAULT_BITS, fitted))
+        if resident is not None:
+            _check_rest(folder, resident)
         return folder
     store, _ = convert_model(
         model, None, cache_dir=cache_dir, revision=revision, bits=bits or DEFAULT_BITS,
-        fitted=fitted, progress=progress,
+        fitted=fitted, resident=DEFAULT_RESIDENT if resident is None else resident,
+        progress=progress,
     )  # fmt: skip
     return store
 
@@ -86,6 +93,7 @@ def convert_model(  # noqa: PLR0913 - a store's options, all of them by name
     group_size: int = DEFAULT_GROUP,
     bits: int = DEFAULT_BITS,
     fitted: bool = True,
+    resident: int = DEFAULT_RESIDENT,
     force: bool = False,
     jobs: int | None = None,
     progress: Progress = no_progress,
@@ -98,6 +106,7 @@ def convert_model(  # noqa: PLR0913 - a store's options, all of them by name
         group_size: weights that share a scale and a zero.
         bits: per weight: 4, 8, or 16 for experts as they are in the checkpoint.
         fitted: scales of the least error; if not, plain min-max.
+        resident: bits of the large matrices besides the experts': 4, 8, or 16 for as they are.
         force: convert again and replace what is at `out`.
         jobs: experts to convert side by side; None = one per core, together within 1 GiB.
     Returns:
@@ -106,17 +115,23 @@ def convert_model(  # noqa: PLR0913 - a store's options, all of them by name
         ConfigError: bits or scales that do not exist, or a number of jobs that cannot be.
         ModelError, StoreError: as `find_store`.
     """
-    _settings(bits, fitted)  # first: a typing error should not cost a download
+    # First: a typing error should not cost a download.
+    _settings(bits, fitted, resident)
     check_jobs(jobs)
     folder = _local(model)
     if folder is not None and is_store(folder):
         raise ModelError(f"{model}: is a store already; give the checkpoint it was made from")
     checkpoint = find_checkpoint(model, cache_dir=cache_dir, revision=revision, progress=progress)
-    store = out or cached_store(model, cache_dir, revision, bits=bits, fitted=fitted)
+    store = out or cached_store(
+        model, cache_dir, revision, bits=bits, fitted=fitted, resident=resident
+    )
     commit = commit_of(checkpoint) or revision
     with open_checkpoint(
         checkpoint, group=group_size, bits=bits, fitted=fitted, source_id=model, revision=commit
-    ) as source:
+    ) as checkpoint_source:
+        source: ExpertSource = checkpoint_source
+        if resident != 16:
+            source = ResidentRecords(checkpoint_source, resident, fitted=fitted, jobs=jobs)
         stale = out is None and is_store(store) and not is_made_from(read_manifest(store), source)
         with _one_thread():
             manifest = convert(
@@ -134,9 +149,10 @@ def cached_store(
     *,
     bits: int = DEFAULT_BITS,
     fitted: bool = True,
+    resident: int = DEFAULT_RESIDENT,
 ) -> Path:
     """Return where the store of a model lies in the cache folder, made or not."""
-    settings = _settings(bits, fitted)
+    settings = _settings(bits, fitted, resident)
     folder = _local(model)
     whole = model if revision is None else f"{model}@{revision}"
     name = re.sub(r"[^A-Za-z0-9.@_-]+", "--", whole).strip("-.")[-80:] or "model"
@@ -199,16 +215,19 @@ def _short_digest(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=4).hexdigest()
 
 
-def _settings(bits: int, fitted: bool) -> str:
-    """Name a choice of bits and scales: 4bit, 8bit-minmax, 16bit."""
+def _settings(bits: int, fitted: bool, resident: int = DEFAULT_RESIDENT) -> str:
+    """Name a choice of bits and scales: 4bit, 8bit-minmax, 16bit, 4bit-resident8."""
     if bits not in BITS:
         raise ConfigError(f"bits: {bits} is none of {', '.join(map(str, BITS))}")
     if not fitted and bits == 16:
         raise ConfigError("scales: minmax needs 4 or 8 bits, have 16, which keep no scales")
-    return f"{bits}bit" + ("" if fitted else "-minmax")
+    if resident not in RESIDENT_BITS:
+        raise ConfigError(f"resident: {resident} is none of {', '.join(map(str, RESIDENT_BITS))}")
+    rest = "" if resident == DEFAULT_RESIDENT else f"-resident{resident}"
+    return f"{bits}bit" + ("" if fitted else "-minmax") + rest
 
 
-def _check_store(folder: Path, need: str) -> None:
+def _check_experts(folder: Path, need: str) -> None:
     manifest = read_manifest(folder)
     bits = 16 if manifest.quantization["bits"] == 32 else manifest.quantization["bits"]
     have = f"{bits}bit" + ("-minmax" if manifest.quantization.get("scales") == "minmax" else "")
@@ -216,6 +235,16 @@ def _check_store(folder: Path, need: str) -> None:
         raise ModelError(
             f"{folder}: the store holds {have} experts, need {need}; give the checkpoint it was "
             f"made from ({manifest.source.id})"
+        )
+
+
+def _check_rest(folder: Path, need: int) -> None:
+    manifest = read_manifest(folder)
+    have = resident_bits(manifest)
+    if have != need:
+        raise ModelError(
+            f"{folder}: the store holds {have} bits of what is no expert, need {need}; give the "
+            f"checkpoint it was made from ({manifest.source.id})"
         )
 
 

@@ -129,7 +129,8 @@ class CheckpointSource:
 
     Attributes:
         source: what the checkpoint is, in the manifest's words.
-        expert_layers: where its experts lie.
+        index: where its experts lie, and the names of the rest.
+        expert_layers: the index's layers.
         layouts: record layout per layer.
         scratch: `folder`, where it was made for this source; removed by `close`.
         pending: what is still to be written there. A store that is there already never needs it.
@@ -151,6 +152,7 @@ class CheckpointSource:
     ) -> None:
         self._folder = folder
         self.source = source
+        self.index = index
         self.expert_layers = index.layers
         self._resident_keys = index.resident_keys
         self._weights = weights

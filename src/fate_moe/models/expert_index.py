@@ -86,10 +86,17 @@ _Place = tuple[str, str, int | None]
 
 @dataclass(frozen=True, slots=True)
 class ExpertIndex:
-    """All MoE layers in model order, and the keys of everything else."""
+    """All MoE layers in model order, and the keys of everything else.
+
+    Attributes:
+        skeleton: the model that was asked, on the meta device.
+        parameters: of `resident_keys` that hold a whole parameter as it is, the parameter's name.
+    """
 
     layers: tuple[ExpertLayer, ...]
     resident_keys: tuple[str, ...]
+    skeleton: nn.Module
+    parameters: Mapping[str, str]
 
 
 def index_experts(skeleton: nn.Module, family: str, weights: Weights) -> ExpertIndex:
@@ -106,6 +113,7 @@ def index_experts(skeleton: nn.Module, family: str, weights: Weights) -> ExpertI
     params = {path: _params(path, module) for path, module in modules.items()}
     found: dict[tuple[str, str], list[_Found]] = {}
     resident: list[str] = []
+    parameters: dict[str, str] = {}
     names = _Names(skeleton, family)
     # The library's order: some renamings look at what came before.
     for key in sorted(weights.tensors, key=_natural):
@@ -116,6 +124,8 @@ def index_experts(skeleton: nn.Module, family: str, weights: Weights) -> ExpertI
             found.setdefault((path, name), []).append(item)
         elif not names.is_ignored(found_key.targets[0]):
             resident.append(key)
+            if found_key.is_whole:
+                parameters[key] = found_key.targets[0]
     layers = []
     for path, module in modules.items():
         parts: dict[tuple[str, int], tuple[Part, ...]] = {}
@@ -127,7 +137,7 @@ def index_experts(skeleton: nn.Module, family: str, weights: Weights) -> ExpertI
         transposed = bool(getattr(module, "is_transposed", False))
         linear = is_linear_in_up(module)
         layers.append(ExpertLayer(path, num_experts, transposed, params[path], parts, linear))
-    return ExpertIndex(tuple(layers), tuple(resident))
+    return ExpertIndex(tuple(layers), tuple(resident), skeleton, parameters)
 
 
 def experts_of(skeleton: nn.Module, family: str) -> dict[str, nn.Module]:
@@ -151,7 +161,7 @@ def experts_of(skeleton: nn.Module, family: str) -> dict[str, nn.Module]:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """A checkpoint tensor of one expert parameter: its place `order` among `count` joined ones."""
+    """A checkpoint tensor of a parameter: its place `order` among `count` joined ones."""
 
     key: str
     targets: tuple[str, ...]  # several: the experts of all of them are numbered through
@@ -160,6 +170,7 @@ class _Found:
     flip: str | None = None  # None, "always", or "by shape"
     interleaved: bool = False
     expert: int | None = None  # None: fused, all experts
+    is_whole: bool = False  # it is the parameter, under the same name or another
 
 
 def _place(found: _Found, params: Mapping[str, Mapping[str, tuple[int, ...]]]) -> _Place:
@@ -214,7 +225,7 @@ class _Names:
             key, self._renamings, self._converters, self._prefix, self._meta
         )
         if pattern is None:
-            return _Found(key, (target,))
+            return _Found(key, (target,), is_whole=True)
         converter = next(c for c in self._converters if pattern in c.source_patterns)
         kinds = {type(operation).__name__: operation for operation in converter.operations}
         unknown = sorted(kinds.keys() - _KNOWN_OPERATIONS)

@@ -15,6 +15,8 @@ from fate_moe.engine.prepare import cached_store, convert_model, find_checkpoint
 from fate_moe.errors import ConfigError, ModelError, StoreError
 from fate_moe.models import checkpoint as models_checkpoint
 from fate_moe.store.format import read_manifest
+from fate_moe.store.header import read_header
+from tests import tiny
 
 
 @pytest.fixture
@@ -89,6 +91,37 @@ def test_stores_of_other_settings_have_other_places(tmp_path: Path) -> None:
     assert place(4, True) == cached_store("smolmoe", tmp_path).name
     for model in ("x" * 500, str(tmp_path)):  # a name cut short, a name with a hash
         assert len({place(*choice, model) for choice in CHOICES}) == len(CHOICES)
+
+
+def test_stores_with_other_residents_have_other_places(tmp_path: Path) -> None:
+    def place(bits: int, fitted: bool, resident: int) -> str:
+        return cached_store("a/b", tmp_path, bits=bits, fitted=fitted, resident=resident).name
+
+    assert place(4, True, 16) == "a--b"
+    assert place(4, True, 4) == "a--b@4bit-resident4"
+    assert place(8, False, 8) == "a--b@8bit-minmax-resident8"
+    assert cached_store("a/b", tmp_path, "4bit-resident4").name != place(4, True, 4)
+    with pytest.raises(ConfigError, match="resident: 5 is none of 4, 8, 16"):
+        place(4, True, 5)
+
+
+def test_a_store_must_have_the_residents_that_were_asked_for(tmp_path: Path) -> None:
+    checkpoint = tiny.save_checkpoint(tmp_path / "checkpoint", vocab_size=1024)  # 2**16 weights
+    cache = tmp_path / "cache"
+    plain, small = (
+        find_store(str(checkpoint), cache_dir=cache, resident=resident) for resident in (None, 8)
+    )
+    assert "resident_bits" not in read_manifest(plain).quantization
+    assert read_manifest(small).quantization["resident_bits"] == 8
+    names = read_header(small / "resident.safetensors").tensors
+    assert sum(name.endswith(".record") for name in names) == 2
+    for store, asked in ((plain, 16), (small, 8)):
+        assert find_store(str(store), cache_dir=cache) == store
+        assert find_store(str(store), cache_dir=cache, resident=asked) == store
+    with pytest.raises(ModelError, match="holds 8 bits of what is no expert, need 4"):
+        find_store(str(small), cache_dir=cache, resident=4)
+    with pytest.raises(StoreError, match="other content or options"):
+        convert_model(str(checkpoint), small, cache_dir=cache, resident=4)
 
 
 def test_settings_are_kept_apart_in_the_cache_folder(checkpoint: Path, tmp_path: Path) -> None:
