@@ -13,7 +13,7 @@
 #include <tuple>
 #include <vector>
 
-#include "feedforward.h"
+#include "shared.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -24,18 +24,7 @@ using Address = std::uintptr_t;
 
 template <class T> T* at(Address address) { return reinterpret_cast<T*>(address); }
 
-// One pool for the process. It is never destroyed: after a fork its threads exist no longer, and at
-// exit they may still sleep.
-struct Shared {
-  std::mutex busy;
-  std::unique_ptr<fate::Pool> pool{new fate::Pool(1)};
-  fate::Buffer memory;
-};
-
-Shared& shared() {
-  static Shared* const one = new Shared;
-  return *one;
-}
+using fate::shared;
 
 void set_threads(int threads) {
   if (threads < 1 || threads > 1024) throw std::invalid_argument("threads: need 1 to 1024");
@@ -77,8 +66,13 @@ class Step {
 
 }  // namespace
 
+void bind_decode(nb::module_& m);  // bindings_decode.cpp
+
+void bind_io(nb::module_& m);  // bindings_io.cpp
+
 NB_MODULE(_native, m) {
   using Unlocked = nb::call_guard<nb::gil_scoped_release>;
+  bind_io(m);
   m.def("isas", [] {
     std::vector<std::string> names;
     for (const fate::Kernels* kernels : fate::available()) names.push_back(kernels->name);
@@ -96,8 +90,15 @@ NB_MODULE(_native, m) {
       .value("GELU", fate::Act::kGelu)
       .value("GELU_TANH", fate::Act::kGeluTanh)
       .value("RELU", fate::Act::kRelu)
-      .value("RELU2", fate::Act::kRelu2)
-      .value("CLAMPED_SWIGLU", fate::Act::kClampedSwiGlu);
+      .value("RELU2", fate::Act::kRelu2);
+
+  nb::class_<fate::Gate>(m, "Gate")
+      .def("__init__",
+           [](fate::Gate* self, fate::Act act, float alpha, float limit, float offset,
+              bool limit_after) {
+             new (self) fate::Gate{act, alpha, limit, offset, limit_after};
+           },
+           "act"_a, "alpha"_a, "limit"_a, "offset"_a, "limit_after"_a);
 
   nb::class_<fate::MatrixPlace>(m, "MatrixPlace")
       .def("__init__",
@@ -113,15 +114,13 @@ NB_MODULE(_native, m) {
   nb::class_<fate::ExpertShape>(m, "ExpertShape")
       .def("__init__",
            [](fate::ExpertShape* self, const fate::MatrixPlace& up, const fate::MatrixPlace& down,
-              bool gated, bool interleaved, fate::Act act, float alpha, float limit,
-              std::int64_t up_bias, std::int64_t down_bias) {
+              bool gated, bool interleaved, const fate::Gate& form, std::int64_t up_bias,
+              std::int64_t down_bias) {
              if (up.rows != down.cols * (gated ? 2 : 1) || up.cols != down.rows)
                throw std::invalid_argument("the two matrices of an expert do not fit");
-             new (self) fate::ExpertShape{up, down, gated, interleaved, act, alpha, limit, up_bias,
-                                          down_bias};
+             new (self) fate::ExpertShape{up, down, gated, interleaved, form, up_bias, down_bias};
            },
-           "up"_a, "down"_a, "gated"_a, "interleaved"_a, "act"_a, "alpha"_a, "limit"_a,
-           "up_bias"_a, "down_bias"_a);
+           "up"_a, "down"_a, "gated"_a, "interleaved"_a, "form"_a, "up_bias"_a, "down_bias"_a);
 
   m.def("linear", &linear, "place"_a, "record"_a, "bias"_a, "x"_a, "tokens"_a, "y"_a, Unlocked());
 
@@ -131,4 +130,6 @@ NB_MODULE(_native, m) {
            Unlocked())
       .def("run", &Step::run, "arrived"_a, Unlocked())
       .def("finish", &Step::finish, "out"_a, Unlocked());
+
+  bind_decode(m);
 }

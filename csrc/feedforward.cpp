@@ -134,8 +134,7 @@ const float* ExpertStep::bias(const Arrived& expert, std::int64_t offset) const 
 void ExpertStep::inner(const float* h, float* out) const {
   const int width = shape_.down.cols;
   const float* up = !shape_.gated ? nullptr : shape_.interleaved ? h + 1 : h + width;
-  active().activate(shape_.act, h, up, shape_.gated && shape_.interleaved ? 2 : 1, width,
-                    shape_.alpha, shape_.limit, out);
+  active().activate(shape_.form, h, up, shape_.gated && shape_.interleaved ? 2 : 1, width, out);
 }
 
 void ExpertStep::run_one_token(Pool& pool, const std::vector<Arrived>& arrived) {

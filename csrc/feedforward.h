@@ -44,8 +44,7 @@ struct ExpertShape {
   MatrixPlace down;  // [D, F]
   bool gated;
   bool interleaved;  // gate and up rows alternate; otherwise all gates come first
-  Act act;
-  float alpha, limit;
+  Gate form;
   std::int64_t up_bias, down_bias;  // byte offsets in the record, -1: none
 };
 

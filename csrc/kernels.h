@@ -9,8 +9,17 @@
 
 namespace fate {
 
-// What stands between an expert's two matrices.
-enum class Act : int { kSilu, kGelu, kGeluTanh, kRelu, kRelu2, kClampedSwiGlu };
+// What stands between an expert's two matrices: act(min(gate, limit)) * (clamp(up, +-limit) + offset),
+// or the limit after the activation. Without a gate: act(up).
+enum class Act : int { kSilu, kGelu, kGeluTanh, kRelu, kRelu2 };
+
+struct Gate {
+  Act act;
+  float alpha;   // silu is x * sigmoid(alpha * x)
+  float limit;   // infinity: none
+  float offset;
+  bool limit_after;
+};
 
 struct Kernels {
   const char* name;
@@ -30,10 +39,9 @@ struct Kernels {
                std::size_t stride, std::uint8_t* scratch);
   std::size_t (*gemm_scratch_bytes)(int cols, int group);
 
-  // out[i] = act(gate[i * stride]) * up[i * stride], without `up` when it is null. kClampedSwiGlu:
-  // min(gate, limit) * sigmoid(alpha * gate) * (clamp(up, +-limit) + 1), as gpt-oss computes it.
-  void (*activate)(Act act, const float* gate, const float* up, int stride, int count, float alpha,
-                   float limit, float* out);
+  // out[i] from gate[i * stride] and up[i * stride]; `up` is null where there is no gate.
+  void (*activate)(const Gate& form, const float* gate, const float* up, int stride, int count,
+                   float* out);
 };
 
 // Tables that this build holds and this processor can run, best first; the last is portable.

@@ -390,7 +390,6 @@ template <class S> struct Core {
   static float sigmoid(float x) { return 1.0f / (1.0f + exp_of(-x)); }
 
   template <Act ACT> static float act_of(float x, float alpha) {
-    if constexpr (ACT == Act::kSilu) return x * sigmoid(x);
     if constexpr (ACT == Act::kGelu) return 0.5f * x * (1.0f + std::erf(x * 0.70710678f));
     if constexpr (ACT == Act::kGeluTanh)  // (1 + tanh(u)) / 2 = sigmoid(2 u)
       return x * sigmoid(1.5957691216f * (x + 0.044715f * x * x * x));
@@ -400,36 +399,33 @@ template <class S> struct Core {
   }
 
   template <Act ACT>
-  static void activate_as(const float* gate, const float* up, int stride, int count, float alpha,
-                          float limit, float* out) {
+  static void activate_as(const Gate& form, const float* gate, const float* up, int stride,
+                          int count, float* out) {
+    const float alpha = form.alpha, limit = form.limit, offset = form.offset;
+    const float before = form.limit_after ? INFINITY : limit;
+    const float after = form.limit_after ? limit : INFINITY;
     if (up == nullptr) {
       for (int i = 0; i < count; ++i) out[i] = act_of<ACT>(gate[i * stride], alpha);
-    } else if constexpr (ACT == Act::kClampedSwiGlu) {
-      for (int i = 0; i < count; ++i) {
-        const float g = gate[i * stride] > limit ? limit : gate[i * stride];
-        const float u = up[i * stride];
-        const float clamped = u > limit ? limit : u < -limit ? -limit : u;
-        out[i] = (clamped + 1.0f) * act_of<ACT>(g, alpha);
-      }
-    } else if (stride == 1) {
-      for (int i = 0; i < count; ++i) out[i] = act_of<ACT>(gate[i], alpha) * up[i];
+    } else if (stride == 1 && std::isinf(limit)) {
+      for (int i = 0; i < count; ++i) out[i] = act_of<ACT>(gate[i], alpha) * (up[i] + offset);
     } else {
-      for (int i = 0; i < count; ++i)
-        out[i] = act_of<ACT>(gate[i * stride], alpha) * up[i * stride];
+      for (int i = 0; i < count; ++i) {
+        const float g = gate[i * stride] > before ? before : gate[i * stride];
+        const float u = up[i * stride] > limit ? limit : up[i * stride];
+        const float a = act_of<ACT>(g, alpha);
+        out[i] = (a > after ? after : a) * ((u < -limit ? -limit : u) + offset);
+      }
     }
   }
 
-  static void activate(Act act, const float* gate, const float* up, int stride, int count,
-                       float alpha, float limit, float* out) {
-    switch (act) {
-      case Act::kSilu: return activate_as<Act::kSilu>(gate, up, stride, count, alpha, limit, out);
-      case Act::kGelu: return activate_as<Act::kGelu>(gate, up, stride, count, alpha, limit, out);
-      case Act::kGeluTanh:
-        return activate_as<Act::kGeluTanh>(gate, up, stride, count, alpha, limit, out);
-      case Act::kRelu: return activate_as<Act::kRelu>(gate, up, stride, count, alpha, limit, out);
-      case Act::kRelu2: return activate_as<Act::kRelu2>(gate, up, stride, count, alpha, limit, out);
-      case Act::kClampedSwiGlu:
-        return activate_as<Act::kClampedSwiGlu>(gate, up, stride, count, alpha, limit, out);
+  static void activate(const Gate& form, const float* gate, const float* up, int stride, int count,
+                       float* out) {
+    switch (form.act) {
+      case Act::kSilu: return activate_as<Act::kSilu>(form, gate, up, stride, count, out);
+      case Act::kGelu: return activate_as<Act::kGelu>(form, gate, up, stride, count, out);
+      case Act::kGeluTanh: return activate_as<Act::kGeluTanh>(form, gate, up, stride, count, out);
+      case Act::kRelu: return activate_as<Act::kRelu>(form, gate, up, stride, count, out);
+      case Act::kRelu2: return activate_as<Act::kRelu2>(form, gate, up, stride, count, out);
     }
   }
 

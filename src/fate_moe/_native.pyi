@@ -14,7 +14,11 @@ class Act(Enum):
     GELU_TANH = ...
     RELU = ...
     RELU2 = ...
-    CLAMPED_SWIGLU = ...
+
+class Gate:
+    def __init__(
+        self, act: Act, alpha: float, limit: float, offset: float, limit_after: bool
+    ) -> None: ...
 
 class MatrixPlace:
     def __init__(
@@ -36,9 +40,7 @@ class ExpertShape:
         down: MatrixPlace,
         gated: bool,
         interleaved: bool,
-        act: Act,
-        alpha: float,
-        limit: float,
+        form: Gate,
         up_bias: int,
         down_bias: int,
     ) -> None: ...
@@ -52,3 +54,85 @@ class Step:
     ) -> None: ...
     def run(self, arrived: list[tuple[int, int, bool]]) -> None: ...
     def finish(self, out: int) -> None: ...
+
+class Reads:
+    def read(self, wanted: list[tuple[int, int, int, int]]) -> list[tuple[int, int]]: ...
+
+def read_ways() -> list[str]: ...
+def open_reads(way: str, depth: int) -> Reads: ...
+
+class Norm:
+    def __init__(self, weight: int, eps: float) -> None: ...
+
+class Projection:
+    @staticmethod
+    def of_record(place: MatrixPlace, record: int, bias: int) -> Projection: ...
+    @staticmethod
+    def of_floats(rows: int, cols: int, weight: int, bias: int) -> Projection: ...
+
+class AttentionShape:
+    def __init__(
+        self,
+        heads: int,
+        kv_heads: int,
+        dim: int,
+        rotary: int,
+        scale: float,
+        q_norm: Norm,
+        k_norm: Norm,
+        norm_whole: bool,
+    ) -> None: ...
+
+def attend(
+    shape: AttentionShape,
+    q: int,
+    k: int,
+    v: int,
+    cos: int,
+    sin: int,
+    keys: int,
+    values: int,
+    stride: int,
+    length: int,
+    out: int,
+) -> None: ...
+
+class AttentionBlock:
+    def __init__(
+        self,
+        shape: AttentionShape,
+        q: Projection,
+        k: Projection,
+        v: Projection,
+        o: Projection,
+        before: Norm,
+        after: Norm,
+        residual: float,
+    ) -> None: ...
+    def attention(
+        self, x: int, cos: int, sin: int, keys: int, values: int, stride: int, length: int, out: int
+    ) -> None: ...
+    def layer(
+        self,
+        x: int,
+        cos: int,
+        sin: int,
+        keys: int,
+        values: int,
+        stride: int,
+        length: int,
+        out: int,
+        normed: int,
+    ) -> None: ...
+
+def rms_norm(x: int, weight: int, count: int, eps: float, out: int) -> None: ...
+
+class RouterBlock:
+    def __init__(
+        self, weight: int, experts: int, width: int, k: int, normalized: bool
+    ) -> None: ...
+    def run(self, x: int, logits: int, weights: int, ids: int) -> None: ...
+
+class DenseBlock:
+    def __init__(self, gate: Projection, up: Projection, down: Projection, form: Gate) -> None: ...
+    def run(self, x: int, out: int) -> None: ...

@@ -113,6 +113,8 @@ class ComputeConfig:
     """RUN THEM.
 
     Attributes:
+        compute: native (compiled kernels, activations in eight bits), eager (torch, the reference)
+            or auto: native where the machine has the native core.
         dtype: auto, float32, bfloat16 or float16.
         threads: None = torch's choice.
         int2: which experts are computed from two bits: never, tail (in prefill, the least popular
@@ -120,13 +122,15 @@ class ComputeConfig:
         int2_share: most tokens of a step, as a share of 1, that the tail may take.
     """
 
-    compute: str = "eager"
+    compute: str = "auto"
     dtype: str = "auto"
     threads: int | None = None
     int2: str = "never"
     int2_share: float = 0.25
 
     def __post_init__(self) -> None:
+        if self.compute not in {"auto", "native", "eager"}:
+            raise ConfigError(f"compute: {self.compute!r} is none of auto, native, eager")
         if self.dtype not in {"auto", "float32", "bfloat16", "float16"}:
             raise ConfigError(f"dtype: {self.dtype!r} is none of auto, float32, bfloat16, float16")
         if self.threads is not None and not 1 <= self.threads <= 1024:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fate_moe.compute import EagerExperts
+from fate_moe.compute import RoutedSum
 from fate_moe.predict import Predictor
 from fate_moe.prefetch.mover import Mover
 from fate_moe.types import Phase, Prediction
@@ -24,7 +24,7 @@ class MoELayer:
         num_experts: int,
         predictor: Predictor,
         mover: Mover,
-        experts: EagerExperts,
+        experts: RoutedSum,
     ) -> None:
         self.layer = layer
         self._num_experts = num_experts

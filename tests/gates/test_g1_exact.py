@@ -43,16 +43,28 @@ def prompt(tiny_store: Path) -> Tensor:
     return ids
 
 
+Oracle = tuple[Tensor, list[int]]
+
+
 @pytest.fixture(scope="module")
-def oracle(tiny_store: Path, prompt: Tensor) -> tuple[Tensor, list[int]]:
+def oracles(tiny_store: Path, prompt: Tensor) -> dict[str, Oracle]:
+    """Everything resident, by compute path: each path must repeat itself bit for bit."""
     from fate_moe.config import make_config
     from fate_moe.engine import build
 
-    engine = build(tiny_store, make_config("resident"))
-    result = logits(engine, prompt), tokens(engine, prompt)
-    assert engine.report().misses == 0
-    engine.close()
-    return result
+    results = {}
+    for compute in ("eager", "native"):
+        engine = build(tiny_store, make_config("resident", compute=compute))
+        results[compute] = logits(engine, prompt), tokens(engine, prompt)
+        assert engine.compute.name == compute
+        assert engine.report().misses == 0
+        engine.close()
+    return results
+
+
+@pytest.fixture(scope="module")
+def oracle(oracles: dict[str, Oracle]) -> Oracle:
+    return oracles["eager"]
 
 
 def jitter(key: ExpertKey) -> float:
@@ -74,17 +86,19 @@ CASES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("delay", [None, jitter], ids=["quick", "jitter"])
 @pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c.values())))
+@pytest.mark.parametrize("compute", ["eager", "native"])
 def test_output_equals_everything_resident(
     case: dict[str, Any],
+    compute: str,
     delay: Any,
     tiny_store: Path,
     prompt: Tensor,
-    oracle: tuple[Tensor, list[int]],
+    oracles: dict[str, Oracle],
     open_engine: Open,
 ) -> None:
-    engine = open_engine(tiny_store, delay=delay, **case)
-    assert torch.equal(logits(engine, prompt), oracle[0])
-    assert tokens(engine, prompt) == oracle[1]
+    engine = open_engine(tiny_store, delay=delay, compute=compute, **case)
+    assert torch.equal(logits(engine, prompt), oracles[compute][0])
+    assert tokens(engine, prompt) == oracles[compute][1]
     report = engine.report()
     assert report.misses > 0
     assert report.evictions > 0 or case["experts"] == "4%"
@@ -94,9 +108,11 @@ def test_output_equals_everything_resident(
 
 
 def test_late_guesses_change_nothing(
-    tiny_store: Path, prompt: Tensor, oracle: tuple[Tensor, list[int]], open_engine: Open
+    tiny_store: Path, prompt: Tensor, oracle: Oracle, open_engine: Open
 ) -> None:
-    engine = open_engine(tiny_store, delay=0.004, experts="40%", allocation="even", window=8)
+    engine = open_engine(
+        tiny_store, delay=0.004, experts="40%", allocation="even", window=8, compute="eager"
+    )
     assert torch.equal(logits(engine, prompt), oracle[0])
     assert tokens(engine, prompt) == oracle[1]
     report = engine.report()
@@ -122,7 +138,7 @@ def test_equals_plain_transformers_with_the_decoded_weights(
     tiny_store: Path,
     tiny_checkpoint: Path,
     prompt: Tensor,
-    oracle: tuple[Tensor, list[int]],
+    oracle: Oracle,
 ) -> None:
     """The oracle itself: transformers' own eager experts, given what the records hold."""
     from transformers import AutoModelForCausalLM
@@ -149,7 +165,17 @@ def test_equals_plain_transformers_with_the_decoded_weights(
     assert out[0].tolist() == oracle[1]
 
 
-def test_the_oracle_is_not_trivial(oracle: tuple[Tensor, list[int]]) -> None:
+def test_native_differs_from_eager_by_the_rounding_of_activations(
+    oracles: dict[str, Oracle],
+) -> None:
+    eager, native = oracles["eager"][0], oracles["native"][0]
+    assert not torch.equal(eager, native)
+    # Of most positions: where two experts of a random router are nearly even, rounding picks one.
+    off = (eager - native).norm(dim=-1) / eager.norm(dim=-1)
+    assert off.median() < 0.02
+
+
+def test_the_oracle_is_not_trivial(oracle: Oracle) -> None:
     assert len(set(oracle[1])) > NEW_TOKENS // 3
 
 

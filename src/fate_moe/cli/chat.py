@@ -35,6 +35,7 @@ def chat(
     allocation: options.AllocationName = None,
     percentile: options.Percentile = None,
     window: options.Window = None,
+    compute: options.Compute = None,
     dtype: options.Dtype = None,
     threads: options.Threads = None,
     io_threads: options.IoThreads = None,
@@ -56,7 +57,8 @@ def chat(
     engine, tokenizer = open_engine(
         model, revision, cache_dir,
         policy=policy, ram=ram, experts=experts, context_tokens=context, predictor=predictor,
-        percentile=percentile, window=window, cache=cache, allocation=allocation, dtype=dtype,
+        percentile=percentile, window=window, cache=cache, allocation=allocation,
+        compute=compute, dtype=dtype,
         threads=threads, io_threads=io_threads, verify=verify,
     )  # fmt: skip
     try:

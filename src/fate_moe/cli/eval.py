@@ -113,6 +113,7 @@ def evaluate(
     experts: options.Experts = None,
     context: options.Context = None,
     policy: options.Policy = "fate",
+    compute: options.Compute = None,
     dtype: options.Dtype = None,
     threads: options.Threads = None,
     revision: options.Revision = None,
@@ -144,7 +145,8 @@ def evaluate(
             _check_out(out)
         wanted = _tasks(text, tokens, sequence, questions, limit, json_prompts)
         settings = {
-            "ram": ram, "experts": experts, "context_tokens": context, "dtype": dtype,
+            "ram": ram, "experts": experts, "context_tokens": context,
+            "compute": compute, "dtype": dtype,
             "threads": threads,
         }  # fmt: skip
         models = Models(model, cache_dir or default_cache_dir(), revision, policy, settings)

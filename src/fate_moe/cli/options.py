@@ -75,6 +75,14 @@ Window = Annotated[
         help="Most guesses per layer. Default: as many as the measured computing time hides.",
     ),
 ]
+Compute = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=STAGES,
+        help="auto, native or eager. native: compiled kernels, activations in 8 bits. eager: "
+        "torch, the reference. auto: native where it was built.",
+    ),
+]
 Dtype = Annotated[
     str | None,
     typer.Option(

@@ -1,6 +1,15 @@
-"""RUN THEM. The reference path; faster ones must equal it."""
+"""RUN THEM. The reference path, and the native one that follows it."""
 
-from fate_moe.compute.eager import EagerExperts, ExpertMath
+from fate_moe.compute.eager import EagerExperts, ExpertMath, RoutedSum
+from fate_moe.compute.native import GateForm, NativeExperts, can_compute
 from fate_moe.compute.precision import make_low_experts
 
-__all__ = ["EagerExperts", "ExpertMath", "make_low_experts"]
+__all__ = [
+    "EagerExperts",
+    "ExpertMath",
+    "GateForm",
+    "NativeExperts",
+    "RoutedSum",
+    "can_compute",
+    "make_low_experts",
+]

@@ -18,6 +18,8 @@ from fate_moe.compute.precision import LowExperts, never
 
 Weights = dict[str, Tensor]
 Decode = Callable[[Tensor, torch.dtype], Weights]
+Arriving = Iterable[Sequence[tuple[int, int]]]
+"""(expert, slot) of every distinct chosen expert, in any order, in any pieces."""
 
 
 class ExpertMath(Protocol):
@@ -25,6 +27,15 @@ class ExpertMath(Protocol):
 
     def __call__(self, weights: Weights, tokens: Tensor) -> Tensor:
         """Map tokens [n, D] to outputs [n, D]."""
+
+
+class RoutedSum(Protocol):
+    """The sum over each token's experts; see `EagerExperts`, which every other one follows."""
+
+    def __call__(
+        self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, arriving: Arriving
+    ) -> Tensor:
+        """Map tokens [T, D] to outputs [T, D]."""
 
 
 class EagerExperts:
@@ -58,7 +69,7 @@ class EagerExperts:
         x: Tensor,
         topk_ids: Tensor,
         topk_weights: Tensor,
-        arriving: Iterable[Sequence[tuple[int, int]]],
+        arriving: Arriving,
     ) -> Tensor:
         """Return the weighted sum over each token's experts, [T, D].
 
@@ -66,7 +77,7 @@ class EagerExperts:
             x: tokens, [T, D].
             topk_ids: chosen experts, [T, K] int64, distinct within a row.
             topk_weights: their weights, [T, K].
-            arriving: (expert, slot) of every distinct chosen expert, in any order, in any pieces.
+            arriving: the distinct chosen experts as they land.
         """
         # place[t, k] = rank of choice k among token t's choices by ascending expert id
         place = topk_ids.argsort(dim=1).argsort(dim=1)  # [T, K]

@@ -6,7 +6,6 @@ decided by `plan.draw`, before the first weight is read.
 
 from __future__ import annotations
 
-import json
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -16,8 +15,8 @@ from typing import Any
 import torch
 
 from fate_moe.cache import ExpertTable, make_cache
-from fate_moe.compute import EagerExperts, make_low_experts
 from fate_moe.config import Config
+from fate_moe.engine.attach import attach
 from fate_moe.engine.demands import PREFILL_CHUNK_TOKENS
 from fate_moe.engine.handle import Engine
 from fate_moe.engine.plan import Blueprint, draw
@@ -26,11 +25,8 @@ from fate_moe.memory import Arena
 from fate_moe.models.kv_cache import chunks_continue
 from fate_moe.models.load import load_residents
 from fate_moe.models.seam import MoESite
-from fate_moe.moe import MoELayer
-from fate_moe.predict import Predictor, make_predictor
+from fate_moe.predict import make_predictor
 from fate_moe.prefetch.mover import Mover
-from fate_moe.quant.codec import decode, decode_int2
-from fate_moe.quant.record import RecordLayout
 from fate_moe.store.reader import FileReader, RecordReader
 from fate_moe.telemetry import peak_rss_bytes
 from fate_moe.types import ExpertKey, Progress, no_progress
@@ -76,13 +72,13 @@ def build(
         window=config.prefetch.window,
     )
     try:
-        _attach(blueprint, sites, predictor, mover, arena)
+        how = attach(blueprint, sites, predictor, mover, arena)
         _preload(blueprint, regions, mover, progress)
     except BaseException:
         _stop(mover, reader)
         raise
     blind = sum(site.askable is None for site in sites)
-    engine = Engine(blueprint, model, mover, reader, blind, earlier_peak)
+    engine = Engine(blueprint, model, mover, reader, how, blind, earlier_peak)
     model.fate = engine
     # Whoever calls `model.generate` gets the plan's bounds too.
     if chunks_continue(model):
@@ -106,40 +102,6 @@ def _open_reader(blueprint: Blueprint) -> RecordReader:
         direct=prefetch.direct,
         verify_on_read=prefetch.verify,
     )
-
-
-def _attach(
-    blueprint: Blueprint,
-    sites: list[MoESite],
-    predictor: Predictor,
-    mover: Mover,
-    arena: Arena,
-) -> None:
-    compute = blueprint.config.compute
-    low_experts = make_low_experts(compute.int2, compute.int2_share)
-    layouts: dict[str, RecordLayout] = {}
-    for index, (site, entry) in enumerate(zip(sites, blueprint.manifest.layers, strict=True)):
-        same = json.dumps(entry.layout, sort_keys=True)
-        layout = layouts.setdefault(same, RecordLayout.from_json(entry.layout))
-        if layout.record_bytes != entry.record_bytes:
-            raise FormatError(
-                f"{entry.file}: record_bytes {entry.record_bytes}, its layout makes "
-                f"{layout.record_bytes}; convert the model again"
-            )
-        if layout.bits != blueprint.manifest.quantization["bits"]:
-            raise FormatError(
-                f"{entry.file}: its layout has {layout.bits} bits, the manifest "
-                f"{blueprint.manifest.quantization['bits']}; convert the model again"
-            )
-        experts = EagerExperts(
-            partial(decode, layout),
-            site.math,
-            arena.tensor,
-            partial(decode_int2, layout),
-            low_experts,
-        )
-        layer = MoELayer(index, site.num_experts, predictor, mover, experts)
-        site.attach(layer.forward, layer.before_router)
 
 
 def _preload(blueprint: Blueprint, regions: list[int], mover: Mover, progress: Progress) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from fate_moe.engine.attach import ComputePath
 from fate_moe.engine.plan import Blueprint
 from fate_moe.prefetch.mover import Mover
 from fate_moe.store.format import Manifest
@@ -22,6 +23,7 @@ class Engine:
         model: the transformers model whose experts this engine serves.
         mover: the tables, the reads and their counts.
         reader: the store's reader.
+        compute: how its experts are computed.
         blind_layers: layers whose router cannot be asked from its gate input alone.
         earlier_peak_bytes: most memory the process had held before this engine was planned.
     """
@@ -30,6 +32,7 @@ class Engine:
     model: Any
     mover: Mover
     reader: RecordReader
+    compute: ComputePath
     blind_layers: int
     earlier_peak_bytes: int
 
@@ -45,8 +48,7 @@ class Engine:
         parts = [
             f"policy {config.policy} (predictor {config.predict.predictor}, cache "
             f"{config.cache.cache}, allocation {config.cache.allocation})",
-            f"experts {_form(blueprint.manifest)}, computed in "
-            f"{str(blueprint.dtype).removeprefix('torch.')}",
+            f"experts {_form(blueprint.manifest)}, {self._computed}",
             f"{self.reader.mode} reads",
         ]
         if config.compute.int2 == "always":
@@ -62,6 +64,13 @@ class Engine:
                 "gate input"
             )
         return "; ".join(parts)
+
+    @property
+    def _computed(self) -> str:
+        path, dtype = self.compute, str(self.blueprint.dtype).removeprefix("torch.")
+        if path.name == "native":
+            return f"computed natively ({path.detail}, activations INT8), the rest in {dtype}"
+        return f"computed in {dtype}" + (f" ({path.detail})" if path.detail else "")
 
     def report(self) -> Report:
         """Say what happened since the engine was built or `reset`."""

@@ -38,3 +38,7 @@ class Arena:
         """Return one slot as a tensor, uint8 [slot_bytes], without a copy."""
         start = slot * self.slot_bytes
         return self._tensor[start : start + self.slot_bytes]
+
+    def address(self, slot: int) -> int:
+        """Return where one slot starts, for the native core."""
+        return self._tensor.data_ptr() + slot * self.slot_bytes

@@ -69,12 +69,12 @@ def test_always_runs_every_expert_from_its_head(
 ) -> None:
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():
-        four = open_engine(tiny_store, experts="50%").model(ids).logits
-        engine = open_engine(tiny_store, experts="50%", int2="always")
+        four = open_engine(tiny_store, experts="50%", compute="eager").model(ids).logits
+        engine = open_engine(tiny_store, experts="50%", int2="always", compute="eager")
         two = engine.model(ids).logits
         # the same decoder under the name of the other: what "always" has to equal
-        monkeypatch.setattr(sys.modules["fate_moe.engine.build"], "decode", codec.decode_int2)
-        expected = open_engine(tiny_store, experts="50%").model(ids).logits
+        monkeypatch.setattr(sys.modules["fate_moe.engine.attach"], "decode", codec.decode_int2)
+        expected = open_engine(tiny_store, experts="50%", compute="eager").model(ids).logits
     assert torch.equal(two, expected)
     assert not torch.equal(two, four)
     assert "every expert computed from two bits" in engine.mode
