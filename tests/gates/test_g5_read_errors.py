@@ -11,6 +11,7 @@ import pytest
 from fate_moe.engine.generate import Conversation, Sampling
 from fate_moe.errors import ReadError
 from fate_moe.models.load import load_tokenizer
+from fate_moe.store.reader import FileReader
 from tests.conftest import Open
 
 
@@ -31,7 +32,20 @@ def test_raises_read_error_and_goes_on(
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return real(fd, buffers, offset, *flags)
 
+    class Broken:
+        def read(self, wanted: list[tuple[int, int, int, int]]) -> list[tuple[int, int]]:
+            if heard:
+                return [(0, errno.EIO)] * len(wanted)
+            batches.append(len(wanted))
+            outcome: list[tuple[int, int]] = reads.read(wanted)
+            return outcome
+
     monkeypatch.setattr(os, "preadv", broken)
+    reader = engine.reader
+    assert isinstance(reader, FileReader)
+    reads, batches = reader._reads, list[int]()
+    if reads is not None:
+        monkeypatch.setattr(reader, "_reads", Broken())
     with pytest.raises(ReadError, match=r"cannot read layer \d+, expert \d+: .*offset \d+") as e:
         conversation.ask("hello", Sampling(max_new_tokens=60), heard.append)
     assert e.value.errno == errno.EIO
@@ -39,6 +53,8 @@ def test_raises_read_error_and_goes_on(
     assert e.value.path.endswith(f"experts-{e.value.key.layer:05d}.safetensors")
 
     monkeypatch.setattr(os, "preadv", real)
+    monkeypatch.setattr(reader, "_reads", reads)
+    assert batches or reads is None
     assert conversation.ask("hello", Sampling(max_new_tokens=20)).token_ids == wanted
     assert all(entry.locks == 0 for entry in engine.mover.table.entries())
     engine.mover.table.check()

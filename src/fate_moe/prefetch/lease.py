@@ -111,7 +111,7 @@ class Lease:
                     del self._held[key]  # the mover has taken it out of the table
                     return [], failure
             began = time.perf_counter() if began is None else began
-            if not self._changed.wait(POLL_S):
+            if not self._mover.wait(POLL_S):
                 key = next(iter(self._held), None) or self._homeless[0]
                 why = f"no read has landed within {POLL_S:.0f} s; is the disk gone?"
                 return [], ReadError(key, "the store", 0, None, why)

@@ -1,8 +1,9 @@
 """How do an expert's bytes get into a slot before, or when, they are needed?
 
 The only mechanism of the engine: it asks the pure table for a slot and the pure queue for the next
-read, lets reader threads fill slots, and locks what is being computed. One lock guards all three.
-It knows records as bytes and slots as numbers, never tensors.
+reads, lets reader threads fill slots, and locks what is being computed. One lock guards all three.
+It knows records as bytes and slots as numbers, never tensors. Small records are read several at
+once, and demanded ones by whoever waits for them: waking a thread takes as long as their read.
 
     speculate(prediction)   a guess: may be read when no demand waits, may be dropped
     lease(layer, experts)   a need: the experts as they land, residents first, locked until used
@@ -25,7 +26,7 @@ from fate_moe.cache.table import Entry, ExpertTable
 from fate_moe.errors import CacheError
 from fate_moe.prefetch.lease import POLL_S, Lease
 from fate_moe.prefetch.queue import ReadQueue
-from fate_moe.store.reader import RecordReader
+from fate_moe.store.reader import BatchReader, RecordReader, Request
 from fate_moe.telemetry import Counts, LinkMeter, MovingAverage, Telemetry
 from fate_moe.types import ExpertKey, Phase, Prediction
 
@@ -60,8 +61,13 @@ class Mover:
         self._slot_view = slot_view
         self._record_bytes = tuple(record_bytes)
         self._window = window
-        self._queue = ReadQueue()
-        self._changed = threading.Condition()
+        self._batches = reader if isinstance(reader, BatchReader) else None
+        self._batch_bytes = 0 if self._batches is None else self._batches.batch_bytes
+        self._queue = ReadQueue(self._record_bytes)
+        lock = threading.RLock()  # the collector may call `close` on a thread that holds it
+        self._changed = threading.Condition(lock)  # something landed, or a lease ended
+        self._queued = threading.Condition(lock)  # there is something to read
+        self._reading = 0  # reader threads that fill slots
         self._failed: dict[ExpertKey, Exception] = {}
         self._predictions: dict[int, Prediction] = {}
         self._wishes: deque[ExpertKey] = deque()  # guessed, but without a slot so far
@@ -153,7 +159,7 @@ class Mover:
             for entry in entries:
                 self._queue.push_demand(entry)
                 self.telemetry.bytes_preloaded += self._record_bytes[entry.key.layer]
-            self._changed.notify_all()
+            self._queued.notify()
             while any(not entry.resident for entry in entries):
                 for entry in entries:
                     if entry.key in self._failed:
@@ -177,6 +183,7 @@ class Mover:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+            self._queued.notify_all()
         for thread in self._threads:
             if thread is not threading.current_thread():  # the collector runs on any thread
                 thread.join()
@@ -190,7 +197,8 @@ class Mover:
             self._failed.pop(key, None)  # of a lease that ended before its read did
             self._queue.push_demand(entry)
             self.telemetry.bytes_demand += self._record_bytes[key.layer]
-            self._changed.notify_all()  # the readers may have gone to sleep on an empty queue
+            if not self._is_read_here(key.layer):
+                self._queued.notify()
         return entry
 
     def place_guesses(self) -> None:
@@ -206,8 +214,23 @@ class Mover:
                 self.telemetry.guesses += 1
                 self.telemetry.bytes_speculated += read_bytes
                 self._guesses_left -= 1
-                self._changed.notify_all()
+                self._queued.notify()
             self._wishes.popleft()
+
+    def wait(self, most_s: float) -> bool:
+        """Wait until a read has landed or failed; False after `most_s`."""
+        if self._turn is not None and self._is_read_here(self._turn.layer):
+            batch = self._queue.take_demands(self._batch_bytes)
+            if batch:
+                self._begin(batch)
+                self._changed.release()
+                try:
+                    failures = self._read(batch)
+                finally:
+                    self._changed.acquire()
+                self._end(batch, failures)
+                return True
+        return self._changed.wait(most_s)
 
     def take_failure(self, key: ExpertKey) -> Exception | None:
         """Return why `key` could not be read, once."""
@@ -255,10 +278,10 @@ class Mover:
             self._start_anew()
 
     def _start_anew(self) -> None:
-        while self._queue.pop() is not None:
-            pass
-        while self.link.active and self._changed.wait(POLL_S):
-            pass  # readers still fill slots of the old table
+        self._queue = ReadQueue(self._record_bytes)
+        while self._reading and self._changed.wait(POLL_S):
+            pass  # slots of the old table are still being filled
+        self.link.active = 0  # the torn section may have left reads of its own uncounted
         evictions = self.table.evictions
         self.table = self.table.emptied()
         self.table.evictions = evictions
@@ -307,26 +330,58 @@ class Mover:
         if entry.guessed and not entry.used and entry.resident:
             self.telemetry.bytes_wasted += self._record_bytes[entry.key.layer]
 
+    def _is_read_here(self, layer: int) -> bool:
+        # In prefill computing one expert takes longer than reading the next.
+        return (
+            2 * self._record_bytes[layer] <= self._batch_bytes
+            and self._turn is not None
+            and self._turn.phase is Phase.DECODE
+        )
+
     def _read_loop(self) -> None:
         while True:
             with self._changed:
-                while (entry := self._queue.pop()) is None:
+                while not (batch := self._queue.take(self._batch_bytes)):
                     if self._closed:
                         return
-                    self._changed.wait()
+                    self._queued.wait()
                 if self._closed:
                     return
-                self.link.begin(time.perf_counter())
-            read_bytes = self._record_bytes[entry.key.layer]
-            failure: Exception | None = None
-            try:
-                self._reader.read_into(entry.key, self._slot_view(entry.slot)[:read_bytes])
-            except Exception as error:  # noqa: BLE001 - crosses to the thread that waits for it
-                failure = error
+                if self._queue:
+                    self._queued.notify()
+                self._reading += 1
+                self._begin(batch)
+            failures = self._read(batch)
             with self._changed:
-                self.link.end(time.perf_counter(), 0 if failure else read_bytes)
-                self._settle(entry, failure)
-                self._changed.notify_all()
+                self._reading -= 1
+                self._end(batch, failures)
+
+    def _begin(self, batch: Sequence[Entry]) -> None:
+        now = time.perf_counter()
+        for _ in batch:
+            self.link.begin(now)
+
+    def _read(self, batch: Sequence[Entry]) -> Sequence[Exception | None]:
+        """Fill the slots of a batch; not under the lock. Returns what went wrong with each."""
+        requests = [
+            Request(e.key, self._slot_view(e.slot)[: self._record_bytes[e.key.layer]])
+            for e in batch
+        ]
+        try:
+            if self._batches is not None and len(requests) > 1:
+                return self._batches.read_many(requests)
+            for request in requests:
+                self._reader.read_into(request.key, request.buffer)
+        except Exception as error:  # noqa: BLE001 - crosses to the thread that waits for it
+            return [error] * len(batch)
+        return [None] * len(batch)
+
+    def _end(self, batch: Sequence[Entry], failures: Sequence[Exception | None]) -> None:
+        now = time.perf_counter()
+        for entry, failure in zip(batch, failures, strict=True):
+            self.link.end(now, 0 if failure else self._record_bytes[entry.key.layer])
+            self._settle(entry, failure)
+        self._changed.notify_all()
 
     def _settle(self, entry: Entry, failure: Exception | None) -> None:
         if self.table.get(entry.key) is not entry:

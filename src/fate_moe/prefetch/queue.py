@@ -1,4 +1,4 @@
-"""Which read comes next?
+"""Which reads come next?
 
 Two ranks: demands before guesses, each first come first served. A guess that becomes a demand is
 promoted; a guess whose layer has passed is cancelled before it costs a byte. Pure: no threads, no
@@ -8,7 +8,7 @@ Invariant: a key is queued at most once. How many guesses there are is the mover
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from fate_moe.cache.table import Entry
 from fate_moe.types import ExpertKey
@@ -17,7 +17,9 @@ from fate_moe.types import ExpertKey
 class ReadQueue:
     """Reads that no reader has started."""
 
-    def __init__(self) -> None:
+    def __init__(self, record_bytes: Sequence[int]) -> None:
+        """Start empty; `record_bytes` is the size of one record of each layer, [L]."""
+        self._record_bytes = record_bytes
         self._demands: dict[ExpertKey, Entry] = {}
         self._guesses: dict[ExpertKey, Entry] = {}
 
@@ -46,9 +48,25 @@ class ReadQueue:
         """Take a queued demand out (its request failed), or return None if a reader has it."""
         return self._demands.pop(key, None)
 
-    def pop(self) -> Entry | None:
-        """Return the next read, or None."""
-        for waiting in (self._demands, self._guesses):
-            if waiting:
-                return waiting.pop(next(iter(waiting)))
-        return None
+    def take(self, most_bytes: int = 0) -> list[Entry]:
+        """Take out the next read and what follows it in its rank, up to `most_bytes` in sum.
+
+        One read may be larger than that. Demands never share a batch with guesses, which could
+        only make them land later. Empty when nothing is queued.
+        """
+        return self.take_demands(most_bytes) or self._take(self._guesses, most_bytes)
+
+    def take_demands(self, most_bytes: int = 0) -> list[Entry]:
+        """Take demands out as `take` does, guesses never."""
+        return self._take(self._demands, most_bytes)
+
+    def _take(self, waiting: dict[ExpertKey, Entry], most_bytes: int) -> list[Entry]:
+        batch: list[Entry] = []
+        for key, entry in waiting.items():
+            most_bytes -= self._record_bytes[key.layer]
+            if batch and most_bytes < 0:
+                break
+            batch.append(entry)
+        for entry in batch:
+            del waiting[entry.key]
+        return batch

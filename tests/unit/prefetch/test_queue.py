@@ -11,13 +11,13 @@ def entry(expert: int, layer: int = 0) -> Entry:
 
 def drain(queue: ReadQueue) -> list[int]:
     order = []
-    while (item := queue.pop()) is not None:
-        order.append(item.key.expert)
+    while batch := queue.take():
+        order += [item.key.expert for item in batch]
     return order
 
 
 def test_demands_come_first_each_in_order() -> None:
-    queue = ReadQueue()
+    queue = ReadQueue([10, 25])
     queue.push_guess(entry(1))
     queue.push_demand(entry(2))
     queue.push_guess(entry(3))
@@ -27,7 +27,7 @@ def test_demands_come_first_each_in_order() -> None:
 
 
 def test_a_promoted_guess_is_a_demand() -> None:
-    queue = ReadQueue()
+    queue = ReadQueue([10, 25])
     queue.push_guess(entry(1))
     queue.push_guess(entry(2))
     queue.promote(ExpertKey(0, 2))
@@ -36,7 +36,7 @@ def test_a_promoted_guess_is_a_demand() -> None:
 
 
 def test_cancelled_guesses_are_handed_back() -> None:
-    queue = ReadQueue()
+    queue = ReadQueue([10, 25])
     for expert in (1, 2, 3):
         queue.push_guess(entry(expert))
     gone = queue.cancel(lambda key: key.expert != 2)
@@ -45,9 +45,30 @@ def test_cancelled_guesses_are_handed_back() -> None:
 
 
 def test_only_a_queued_demand_can_be_withdrawn() -> None:
-    queue = ReadQueue()
+    queue = ReadQueue([10, 25])
     item = entry(1)
     queue.push_demand(item)
     assert queue.withdraw(ExpertKey(0, 1)) is item
     assert queue.withdraw(ExpertKey(0, 1)) is None
-    assert queue.pop() is None
+    assert queue.take() == []
+
+
+def test_small_reads_are_taken_together() -> None:
+    queue = ReadQueue([10, 25])
+    for expert in (1, 2, 3):
+        queue.push_demand(entry(expert))
+    queue.push_demand(entry(4, layer=1))
+    assert [e.key.expert for e in queue.take(20)] == [1, 2]
+    assert [e.key.expert for e in queue.take(34)] == [3]
+    assert [e.key.expert for e in queue.take(20)] == [4]
+    assert queue.take(20) == []
+
+
+def test_a_batch_holds_demands_or_guesses() -> None:
+    queue = ReadQueue([10, 25])
+    queue.push_guess(entry(1))
+    queue.push_guess(entry(2))
+    queue.push_demand(entry(3))
+    assert [e.key.expert for e in queue.take(1000)] == [3]
+    assert queue.take_demands(1000) == []
+    assert [e.key.expert for e in queue.take(1000)] == [1, 2]
