@@ -51,6 +51,14 @@ IkLlamaBench = Annotated[
     Path | None,
     typer.Option(metavar="PATH", rich_help_panel=WHO, help="The llama-bench of ik_llama.cpp."),
 ]
+Checkpoint = Annotated[
+    Path | None,
+    typer.Option(
+        "--transformers-checkpoint", metavar="DIR", rich_help_panel=WHO,
+        help="A checkpoint of the same sizes, for transformers with accelerate's disk offload, in "
+        "the checkpoint's own dtype.",
+    ),
+]  # fmt: skip
 Full = Annotated[
     bool,
     typer.Option(
@@ -132,6 +140,7 @@ def rivals(
     shape: Shape = "qwen1.5-moe-a2.7b",
     llama_bench: LlamaBench = None,
     ik_llama_bench: IkLlamaBench = None,
+    transformers_checkpoint: Checkpoint = None,
     full: Full = False,
     limits: LimitList = None,
     rounds: Rounds = None,
@@ -162,7 +171,10 @@ def rivals(
     if resident_bits not in (4, 8, 16):
         raise ConfigError(f"resident-bits: {resident_bits} is none of 4, 8, 16")
     form = _form(full, limits, rounds, prompt, tokens, time_limit)
-    binaries = {"llama.cpp": llama_bench, "ik_llama.cpp": ik_llama_bench}
+    named = {
+        "llama.cpp": llama_bench, "ik_llama.cpp": ik_llama_bench,
+        "transformers": transformers_checkpoint,
+    }  # fmt: skip
     with TerminalProgress() as progress:
         from fate_moe.bench import rounds as running
         from fate_moe.bench.readahead import parse_kib
@@ -170,7 +182,7 @@ def rivals(
         kib = () if readahead is None else tuple(parse_kib(readahead))
         _check_limits(form)
         root = models or default_cache_dir() / "bench"
-        bench = _prepare(shape, root, binaries, resident_bits, threads, progress)
+        bench = _prepare(shape, root, named, resident_bits, threads, progress)
         if kib and bench.disk is None:
             _tell("readahead stays as it is: it cannot be set here (needs root)")
         form = replace(form, readahead_kib=kib if bench.disk else ())
@@ -225,7 +237,7 @@ def _check_limits(form: Form) -> None:
 def _prepare(
     shape: str,
     root: Path,
-    binaries: dict[str, Path | None],
+    named: dict[str, Path | None],
     resident_bits: int,
     threads: int | None,
     progress: TerminalProgress,
@@ -234,7 +246,7 @@ def _prepare(
     from fate_moe.bench.ceilings import token_bytes
     from fate_moe.bench.machine import draw_card, usable_cores
     from fate_moe.bench.readahead import disk_of, why_fixed
-    from fate_moe.bench.rivals.table import open_rivals
+    from fate_moe.bench.rivals.table import RIVALS, open_rivals
     from fate_moe.bench.rounds import Bench
     from fate_moe.bench.shapes import find_shape
     from fate_moe.bench.synthetic import write_store
@@ -242,9 +254,9 @@ def _prepare(
 
     sizes = find_shape(shape)
     store, gguf = root / shape / f"store-resident{resident_bits}", root / shape / "model.gguf"
-    running: list[Rival] = open_rivals(store, gguf, binaries)
+    running: list[Rival] = open_rivals(store, gguf, named)
     manifest = write_store(sizes, store, resident_bits=resident_bits, progress=progress)
-    if len(running) > 1:
+    if any(path is not None and RIVALS[name].reads_gguf for name, path in named.items()):
         write_gguf(sizes, gguf, progress=progress)
     card = draw_card(running[0].files, progress)
     disk = disk_of(store)

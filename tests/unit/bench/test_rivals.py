@@ -15,6 +15,7 @@ from fate_moe.bench import rounds
 from fate_moe.bench.ceilings import decode_ceiling, prefill_ceiling, token_bytes
 from fate_moe.bench.machine import Card
 from fate_moe.bench.process import Done, forget_files, run_alone
+from fate_moe.bench.rivals.disk_offload import DiskOffload
 from fate_moe.bench.rivals.fate import Fate
 from fate_moe.bench.rivals.llama_bench import IkLlamaCpp, LlamaCpp, read_llama_bench
 from fate_moe.bench.rivals.rival import Cell, Reading, Setting
@@ -110,9 +111,33 @@ def test_only_given_programs_run(tmp_path: Path) -> None:
     script = tmp_path / "bench"
     script.write_text("#!/bin/sh\necho options: --n-gen\n")
     script.chmod(0o755)
-    found = open_rivals(tmp_path, tmp_path / "m.gguf", dict.fromkeys(RIVALS, script))
+    binaries = [name for name, entry in RIVALS.items() if entry.reads_gguf]
+    found = open_rivals(tmp_path, tmp_path / "m.gguf", dict.fromkeys(binaries, script))
     assert [one.name for one in found] == ["fate", "llama.cpp", "ik_llama.cpp"]
     assert len(open_rivals(tmp_path, tmp_path, dict.fromkeys(RIVALS))) == 1
+
+
+def test_transformers_needs_a_checkpoint_and_accelerate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match="--transformers-checkpoint: .*no config.json there"):
+        open_rivals(tmp_path, tmp_path, {"transformers": tmp_path})
+    (tmp_path / "config.json").touch()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="disk offload needs accelerate; try pip install"):
+        open_rivals(tmp_path, tmp_path, {"transformers": tmp_path})
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert open_rivals(tmp_path, tmp_path, {"transformers": tmp_path})[1].name == "transformers"
+
+
+def test_disk_offload_is_told_the_cell() -> None:
+    rival = DiskOffload(Path("/c"))
+    (setting,) = rival.settings(LIMITED, True)
+    job = json.loads(setting.command[-1])
+    assert (job["folder"], job["stage"], job["limit_bytes"]) == ("/c", "decode", 4 * GIB)
+    assert rival.read('warning\n{"tok_s": 2.5}\n').tok_s == 2.5
+    with pytest.raises(ConfigError, match="transformers: printed no result"):
+        rival.read("Killed")
 
 
 def test_fate_prints_no_result() -> None:
