@@ -1,0 +1,180 @@
+"""How are a norm, a router and a dense feed-forward computed for one token in one native call?
+
+Recognised by structure, tried on random input beside the module's own forward, left alone where
+that differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fate_moe.compute.native import GateForm
+from fate_moe.models.cache_growing import is_plain
+from fate_moe.models.fused_step import Matrix, differs, is_one_token, norm_of, stand_ins
+from fate_moe.models.gate_form import apply_gate
+from fate_moe.native import core
+
+_PROJECTIONS = "gate_proj", "up_proj", "down_proj"
+_DRAWS = 0.1, 1.0, 10.0, 1.0, 1.0
+"""Scales of the random tokens that are tried."""
+
+
+class Fused(Protocol):
+    """One module's one-token forward, and the module's own."""
+
+    forward: Callable[..., Any]
+    own: Callable[..., Any]
+
+
+class FusedNorm:
+    """An RMS norm's one-token forward."""
+
+    def __init__(self, module: Any) -> None:
+        """Bind a norm, or raise TypeError: it is none."""
+        self._weight, self._eps = norm_of(module)
+        self.width = self._weight.numel()
+        self._address = self._weight.data_ptr()
+        self._norm = core().rms_norm
+        self.tolerance = 1e-5
+        self.own = module.forward
+
+    def forward(self, hidden_states: Tensor) -> Any:
+        """Norm one token natively, others as ever."""
+        if not is_one_token(hidden_states, self.width) or hidden_states.shape[-1] != self.width:
+            return self.own(hidden_states)
+        out = torch.empty_like(hidden_states)
+        self._norm(hidden_states.data_ptr(), self._address, self.width, self._eps, out.data_ptr())
+        return out
+
+
+class FusedRouter:
+    """The one-token forward of a router that takes a softmax, then the k largest.
+
+    Attributes:
+        module: whose `top_k` and weights these are.
+    """
+
+    def __init__(self, module: Any, normalized: bool) -> None:
+        """Bind a router, or raise AttributeError, TypeError or ValueError: it is none."""
+        if dict(module.named_parameters()).keys() != {"weight"} or any(module.buffers()):
+            raise TypeError("it has more than a matrix")
+        self._weight = module.weight.detach()
+        experts, self.width = self._weight.shape
+        if not is_plain(self._weight) or experts != int(module.num_experts):
+            raise TypeError("its matrix is of another kind")
+        self._experts, self._k = experts, int(module.top_k)
+        self._block = core().RouterBlock(
+            self._weight.data_ptr(), experts, self.width, self._k, normalized
+        )
+        self.tolerance = 1e-4
+        self.own = module.forward
+
+    def forward(self, hidden_states: Tensor, *args: Any) -> Any:
+        """Choose one token's experts natively, those of others as ever.
+
+        Returns:
+            logits [1, E], topk_weights [1, K], topk_ids [1, K].
+        """
+        if args or not is_one_token(hidden_states, self.width):
+            return self.own(hidden_states, *args)
+        logits = torch.empty(1, self._experts)
+        weights = torch.empty(1, self._k)
+        ids = torch.empty(1, self._k, dtype=torch.long)
+        self._block.run(
+            hidden_states.data_ptr(), logits.data_ptr(), weights.data_ptr(), ids.data_ptr()
+        )
+        return logits, weights, ids
+
+
+class FusedDense:
+    """The one-token forward of a gated feed-forward, such as a shared expert."""
+
+    def __init__(self, module: Any) -> None:
+        """Bind a feed-forward, or raise KeyError, TypeError or ValueError: it is none."""
+        if set(module._modules) - {*_PROJECTIONS, "act_fn"}:
+            raise TypeError("it has more than three matrices")
+        self.module = module
+        self.projections = tuple(module._modules[name] for name in _PROJECTIONS)
+        matrices = [Matrix(one) for one in self.projections]
+        self._kept = matrices
+        self.width = int(self.projections[0].in_features)
+        native, form = core(), _form_of(self)
+        if form is None:
+            raise TypeError("its activation is of another kind")
+        act = getattr(native.Act, form.act)
+        gate = native.Gate(act, form.alpha, form.limit, form.offset, form.limit_after)
+        self._block = native.DenseBlock(*(one.projection for one in matrices), gate)
+        self.tolerance = max(one.tolerance for one in matrices)
+        self.own = module.forward
+
+    def forward(self, hidden_states: Tensor, *args: Any) -> Any:
+        """Compute one token natively, others as ever."""
+        modules = self.module._modules
+        for name, one in zip(_PROJECTIONS, self.projections, strict=True):
+            if modules[name] is not one or one._forward_hooks:
+                return self.own(hidden_states, *args)
+        if args or not is_one_token(hidden_states, self.width):
+            return self.own(hidden_states, *args)
+        out = torch.empty_like(hidden_states)
+        self._block.run(hidden_states.data_ptr(), out.data_ptr())
+        return out
+
+
+@torch.no_grad()
+def _form_of(fused: FusedDense) -> GateForm | None:
+    """Find which activation stands between the matrices, for which stand-ins give numbers."""
+    gate_proj, up_proj, down_proj = fused.projections
+    width = int(gate_proj.out_features)
+    draw = torch.Generator().manual_seed(0)
+    gate, up = (4 * torch.randn(1, width, generator=draw) for _ in range(2))
+    ways = {
+        gate_proj: lambda x: gate.clone(),
+        up_proj: lambda x: up.clone(),
+        down_proj: lambda x: x,
+    }
+    with stand_ins(ways):
+        want = fused.module(torch.zeros(1, fused.width))
+    both = torch.cat([gate, up], dim=1)
+    forms = (GateForm(act) for act in ("SILU", "GELU_TANH", "GELU", "RELU"))
+    return next((form for form in forms if not differs(apply_gate(form, both), want, 1e-5)), None)
+
+
+_MAKERS: dict[str, list[Callable[[Any], Any]]] = {
+    "router": [lambda module: FusedRouter(module, False), lambda module: FusedRouter(module, True)],
+    "dense": [FusedDense],
+    "norm": [FusedNorm],
+}
+
+
+def fuse_part(module: nn.Module) -> tuple[str, Fused] | None:
+    """Make a module's one-token forward and try it; None where none of the kinds fits."""
+    refusals = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+    for kind, makers in _MAKERS.items():
+        for make in makers:
+            try:
+                fused = make(module)
+                if _equals(fused):
+                    return kind, fused
+            except refusals:
+                continue
+    return None
+
+
+@torch.no_grad()
+def _equals(fused: Any) -> bool:
+    draw = torch.Generator().manual_seed(0)
+    for scale in _DRAWS:
+        x = scale * torch.randn(1, fused.width, generator=draw)
+        want, got = fused.own(x.clone()), fused.forward(x)
+        if isinstance(want, Tensor):
+            want, got = (want,), (got,)
+        if not isinstance(want, tuple) or len(want) != len(got):
+            return False
+        for a, b in zip(got, want, strict=True):
+            if a.dtype is not b.dtype or differs(a, b, fused.tolerance):
+                return False
+    return True
