@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from fate_moe import native
 from fate_moe.cache import ExpertTable, make_cache
 from fate_moe.config import Config
 from fate_moe.engine.attach import attach
@@ -24,6 +25,7 @@ from fate_moe.errors import ConfigError, FormatError
 from fate_moe.memory import Arena
 from fate_moe.models.kv_cache import chunks_continue
 from fate_moe.models.load import load_residents
+from fate_moe.models.quantized import use_native
 from fate_moe.models.seam import MoESite
 from fate_moe.predict import make_predictor
 from fate_moe.prefetch.mover import Mover
@@ -73,6 +75,7 @@ def build(
     )
     try:
         how = attach(blueprint, sites, predictor, mover, arena)
+        use_native(model, config.compute.compute != "eager" and native.is_available())
         _preload(blueprint, regions, mover, progress)
     except BaseException:
         _stop(mover, reader)

@@ -7,6 +7,8 @@ from typing import Any
 
 from fate_moe.engine.attach import ComputePath
 from fate_moe.engine.plan import Blueprint
+from fate_moe.models.quantized import is_native
+from fate_moe.models.records import resident_bits
 from fate_moe.prefetch.mover import Mover
 from fate_moe.store.format import Manifest
 from fate_moe.store.reader import RecordReader
@@ -49,6 +51,7 @@ class Engine:
             f"policy {config.policy} (predictor {config.predict.predictor}, cache "
             f"{config.cache.cache}, allocation {config.cache.allocation})",
             f"experts {_form(blueprint.manifest)}, {self._computed}",
+            *self._resident,
             f"{self.reader.mode} reads",
         ]
         if config.compute.int2 == "always":
@@ -71,6 +74,16 @@ class Engine:
         if path.name == "native":
             return f"computed natively ({path.detail}, activations INT8), the rest in {dtype}"
         return f"computed in {dtype}" + (f" ({path.detail})" if path.detail else "")
+
+    @property
+    def _resident(self) -> list[str]:
+        bits = resident_bits(self.blueprint.manifest)
+        if bits == 16:
+            return []
+        dtype = str(self.blueprint.dtype).removeprefix("torch.")
+        return [
+            f"resident INT{bits}, computed {'natively' if is_native(self.model) else f'in {dtype}'}"
+        ]
 
     def report(self) -> Report:
         """Say what happened since the engine was built or `reset`."""

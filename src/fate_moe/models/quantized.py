@@ -162,7 +162,12 @@ def use_native(model: nn.Module, wanted: bool) -> None:
         NativeUnavailable: it shall, and there is no native core.
     """
     if wanted:
-        native.core()
+        native.core().set_threads(torch.get_num_threads())
     for module in model.modules():
         if isinstance(module, RecordLinear):
             module.native = wanted
+
+
+def is_native(model: nn.Module) -> bool:
+    """Say whether a model has linear layers that compute natively from records."""
+    return any(isinstance(module, RecordLinear) and module.native for module in model.modules())

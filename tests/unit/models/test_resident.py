@@ -146,8 +146,9 @@ def test_more_bits_are_closer_to_the_original(tmp_path: Path, open_engine: Open)
     found = {}
     for bits in (4, 8):
         store = make_store(checkpoint, tmp_path / str(bits), bits)
-        model = open_engine(store, **choices).model
-        use_native(model, wanted=False)
+        engine = open_engine(store, **choices)
+        assert f"; resident INT{bits}, computed in float32; " in engine.mode
+        model = engine.model
         found[bits] = kl_and_top1(plain, model(ids).logits[0])
     assert found[8][0] < 0.001
     assert found[8][1] > 0.95
@@ -170,7 +171,8 @@ def test_families_run_natively_from_records(
     model_type: str, tmp_path: Path, open_engine: Open
 ) -> None:
     store = make_store(save_family(model_type, tmp_path / "checkpoint"), tmp_path / "store")
-    engine = open_engine(store, experts="50%", compute="eager")
+    engine = open_engine(store, experts="50%")
+    assert "; resident INT4, computed natively; " in engine.mode
     model, ids = engine.model, torch.arange(3, 43)[None]
     linears = [module for module in model.modules() if isinstance(module, RecordLinear)]
     assert len(linears) >= 4
