@@ -173,7 +173,7 @@ def _measure(
         done = run_alone(run.setting.command, cell.limit_bytes, form.seconds)
     state, why, reading = _judge(run.rival, cell, done)
     if reading is not None and "bytes_demand" in reading.details:
-        moved[key] = _moved_bytes(reading, cell.tokens)
+        moved[key] = _moved_bytes(reading)
     ceiling = _ceiling(bench, cell, moved.get(key, 0.0 if cell.limit_bytes is None else None))
     rate = reading.tok_s if reading else None
     return Row(
@@ -213,11 +213,11 @@ def _judge(rival: Rival, cell: Cell, done: Done) -> tuple[str, str, Reading | No
         return FAILED, str(error)[:_WHY_CHARS], None
 
 
-def _moved_bytes(reading: Reading, tokens: int) -> float:
+def _moved_bytes(reading: Reading) -> float:
     """Bytes of experts that came from disk for a token and were used."""
     counts = reading.details
-    fields = ("bytes_demand", "bytes_speculated", "bytes_wasted")
-    demanded, guessed, wasted = (int(str(counts[name])) for name in fields)
+    fields = ("bytes_demand", "bytes_speculated", "bytes_wasted", "counted_tokens")
+    demanded, guessed, wasted, tokens = (int(str(counts[name])) for name in fields)
     return (demanded + guessed - wasted) / tokens
 
 

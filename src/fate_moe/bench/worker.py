@@ -72,6 +72,8 @@ def measure(job: Job) -> dict[str, object]:
         "tok_s": job.tokens / totals[-1],
         "median_tok_s": 1 / statistics.median(steps) if job.stage == "decode" else None,
         "passes_s": totals,
+        # The counts below are of the whole pass, the prompt of one token before writing included.
+        "counted_tokens": job.tokens + (job.stage == "decode"),
         "loaded_s": loaded_s,
         **{name: getattr(report, name) for name in _COUNTS},
     }

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fate_moe.bench import rounds
 from fate_moe.bench.ceilings import decode_ceiling, prefill_ceiling, token_bytes
 from fate_moe.bench.machine import Card
+from fate_moe.bench.passes import time_pass
 from fate_moe.bench.process import Done, forget_files, run_alone
 from fate_moe.bench.rivals.disk_offload import DiskOffload
 from fate_moe.bench.rivals.fate import Fate
@@ -25,6 +27,8 @@ from fate_moe.bench.shapes import find_shape
 from fate_moe.bench.standings import best, markdown, plot, standings
 from fate_moe.bench.synthetic import write_store
 from fate_moe.bench.worker import Job, measure
+from fate_moe.config import make_config
+from fate_moe.engine.build import build
 from fate_moe.errors import ConfigError
 from fate_moe.store.format import read_manifest
 from fate_moe.store.header import read_header
@@ -223,11 +227,30 @@ def test_the_worker_measures_its_last_pass(store: Path, stage: str) -> None:
     steps = 13 if stage == "decode" else 1
     assert int(str(found["requests"])) <= steps * 4 * (3 if stage == "decode" else 16)
     assert int(str(found["requests"])) > 4 * 3 * steps - 1
+    assert found["counted_tokens"] == {"prefill": 12, "decode": 13}[stage]
 
 
 def test_the_worker_under_a_limit_takes_the_default_policy(store: Path) -> None:
     found = measure(Job(str(store), "decode", 4, 1, 1, True))
     assert "policy fate" in str(found["mode"])
+
+
+def test_what_is_written_is_random_whatever_the_model_says(store: Path) -> None:
+    engine = build(store, make_config("resident"))
+    seen: list[int] = []
+    try:
+        engine.model.generation_config.eos_token_id = list(range(2048))  # every token ends a text
+        engine.model.model.embed_tokens.register_forward_pre_hook(
+            lambda module, args: seen.extend(args[0].flatten().tolist())
+        )
+        steps = time_pass(engine.model, "decode", 10, torch.Generator().manual_seed(3))
+    finally:
+        engine.close()
+    ids = torch.Generator().manual_seed(3)
+    forced, prompt = (torch.randint(2048, (1, n), generator=ids)[0].tolist() for n in (11, 1))
+    assert seen == [*prompt, *forced[:10]]  # the last one is not read any more
+    assert len(steps) == 10
+    assert min(steps) > 0
 
 
 def test_an_unknown_stage_is_one_line(store: Path) -> None:
@@ -253,7 +276,8 @@ class Scripted:
     def read(self, stdout: str) -> Reading:
         if not stdout.strip():
             raise ConfigError(f"{self.name}: printed no result")
-        counts = {"bytes_demand": 800, "bytes_speculated": 0, "bytes_wasted": 0}
+        counts = {"bytes_demand": 500, "bytes_speculated": 400, "bytes_wasted": 0,
+                  "counted_tokens": 9}  # fmt: skip
         return Reading(float(stdout), counts if self.name == "fate" else {})
 
 
@@ -283,11 +307,11 @@ def test_rivals_take_turns_and_every_run_is_written() -> None:
 def test_the_ceiling_comes_from_what_fate_moved() -> None:
     rows, _ = race([Scripted("fate", "echo 10"), Scripted("other", "echo 4")])
     decode = [row for row in rows if row.stage == "decode"]
-    assert [row.moved_bytes for row in decode] == [100] * 4  # 800 bytes, 8 tokens
+    assert [row.moved_bytes for row in decode] == [100] * 4  # 900 bytes, 9 tokens
     assert [row.ceiling_tok_s for row in decode] == [20] * 4  # memory takes longer than the disk
     assert [row.share for row in decode] == [0.5, 0.2] * 2
     prefill = next(row for row in rows if row.stage == "prefill")
-    assert prefill.ceiling_tok_s == pytest.approx(64 / (800 / 1e9))
+    assert prefill.ceiling_tok_s == pytest.approx(64 / (64 * 100 / 1e9))
 
 
 def test_what_fails_is_said_once_and_not_tried_again() -> None:
