@@ -6,7 +6,6 @@ at a time.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator
 from types import TracebackType
@@ -30,9 +29,7 @@ class Lease:
     lease ends. Made by `Mover.lease`; used by one thread.
     """
 
-    def __init__(
-        self, mover: Mover, changed: threading.Condition, keys: list[ExpertKey], together: int
-    ) -> None:
+    def __init__(self, mover: Mover, keys: list[ExpertKey], together: int) -> None:
         """Lock what has a slot, place what has none. Runs under the mover's lock.
 
         Args:
@@ -40,7 +37,6 @@ class Lease:
             together: most experts handed over at once; slots come free only between them.
         """
         self._mover = mover
-        self._changed = changed
         self._together = together
         self._held: dict[ExpertKey, Entry] = {}
         self._homeless: list[ExpertKey] = []
@@ -69,7 +65,8 @@ class Lease:
         trace: TracebackType | None,
     ) -> None:
         try:
-            if not self._mover.is_torn:
+            left = self._held or self._homeless or self._current
+            if left and not self._mover.is_torn:
                 with self._mover.section():
                     self._homeless.clear()
                     self._release_current()
@@ -124,7 +121,6 @@ class Lease:
             self._place_homeless()
             if not self._homeless:
                 self._mover.place_guesses()  # the slot that came free may serve one
-            self._changed.notify_all()
 
     def _place_homeless(self) -> None:
         while self._homeless:

@@ -15,19 +15,18 @@ tokens.
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 from fate_moe.cache.table import Entry, ExpertTable
 from fate_moe.errors import CacheError
 from fate_moe.prefetch.lease import POLL_S, Lease
 from fate_moe.prefetch.queue import ReadQueue
+from fate_moe.prefetch.turns import Turns
 from fate_moe.store.reader import BatchReader, RecordReader, Request
-from fate_moe.telemetry import Counts, LinkMeter, MovingAverage, Telemetry
+from fate_moe.telemetry import LinkMeter, Telemetry
 from fate_moe.types import ExpertKey, Phase, Prediction
 
 
@@ -60,9 +59,9 @@ class Mover:
         self._reader = reader
         self._slot_view = slot_view
         self._record_bytes = tuple(record_bytes)
-        self._window = window
         self._batches = reader if isinstance(reader, BatchReader) else None
         self._batch_bytes = 0 if self._batches is None else self._batches.batch_bytes
+        self._are_small = 2 * max(self._record_bytes, default=0) <= self._batch_bytes
         self._queue = ReadQueue(self._record_bytes)
         lock = threading.RLock()  # the collector may call `close` on a thread that holds it
         self._changed = threading.Condition(lock)  # something landed, or a lease ended
@@ -72,8 +71,7 @@ class Mover:
         self._predictions: dict[int, Prediction] = {}
         self._wishes: deque[ExpertKey] = deque()  # guessed, but without a slot so far
         self._guesses_left = 0
-        self._compute_s = {phase: MovingAverage() for phase in Phase}
-        self._turn: _Turn | None = None
+        self._turns = Turns(window, self.link, self.telemetry)
         self._owner: int | None = None  # thread that holds the open lease
         self._torn = False  # a critical section was left half-way
         self._closed = False
@@ -97,7 +95,9 @@ class Mover:
         with self.section():
             self._predictions[layer] = prediction
             self._wishes.extend(ExpertKey(layer, expert) for expert in prediction.ranked)
-            self._guesses_left = self._allowed_guesses(self._record_bytes[layer])
+            self._guesses_left = self._turns.window(
+                self._record_bytes[layer], self.table.spare_slots
+            )
             self.place_guesses()
 
     def lease(self, layer: int, experts: Sequence[int], phase: Phase) -> Lease:
@@ -116,23 +116,29 @@ class Mover:
         with self._changed:
             self._take_ownership()
         with self.section():
-            self._begin_turn(layer, phase)
+            self._turns.begin(layer, phase)
             self._wishes.clear()
-            wanted = {ExpertKey(layer, expert) for expert in experts}
-            for stale in self._queue.cancel(lambda key: key not in wanted):
-                self._take_back_guess(stale)
             keys = [ExpertKey(layer, e) for e in experts]
-            self._count(keys, phase)
+            for stale in self._queue.cancel(lambda key: key not in keys):
+                self._take_back_guess(stale)
+            self._count(layer, keys, phase)
             together = len(keys) if phase is Phase.DECODE else 1
-            return Lease(self, self._changed, keys, together)
+            return Lease(self, keys, together)
 
-    @contextlib.contextmanager
-    def section(self) -> Iterator[None]:
+    def section(self) -> _Section:
         """Hold the lock; an exception that leaves the section half-way marks the table as torn."""
-        with self._changed:
-            torn, self._torn = self._torn, True
-            yield
-            self._torn = torn
+        return _Section(self)
+
+    def enter_section(self) -> bool:
+        """Take the lock; until the section ends well the table counts as torn."""
+        self._changed.acquire()
+        torn, self._torn = self._torn, True
+        return torn
+
+    def end_section(self, torn: bool) -> None:
+        """Give the lock back."""
+        self._torn = torn
+        self._changed.release()
 
     @property
     def is_torn(self) -> bool:
@@ -197,7 +203,7 @@ class Mover:
             self._failed.pop(key, None)  # of a lease that ended before its read did
             self._queue.push_demand(entry)
             self.telemetry.bytes_demand += self._record_bytes[key.layer]
-            if not self._is_read_here(key.layer):
+            if not self._reads_here():
                 self._queued.notify()
         return entry
 
@@ -219,18 +225,17 @@ class Mover:
 
     def wait(self, most_s: float) -> bool:
         """Wait until a read has landed or failed; False after `most_s`."""
-        if self._turn is not None and self._is_read_here(self._turn.layer):
-            batch = self._queue.take_demands(self._batch_bytes)
-            if batch:
-                self._begin(batch)
-                self._changed.release()
-                try:
-                    failures = self._read(batch)
-                finally:
-                    self._changed.acquire()
-                self._end(batch, failures)
-                return True
-        return self._changed.wait(most_s)
+        batch = self._queue.take_demands(self._batch_bytes) if self._reads_here() else []
+        if not batch:
+            return self._changed.wait(most_s)
+        self._begin(batch)
+        self._changed.release()
+        try:
+            failures = self._read(batch)
+        finally:
+            self._changed.acquire()
+        self._end(batch, failures)
+        return True
 
     def take_failure(self, key: ExpertKey) -> Exception | None:
         """Return why `key` could not be read, once."""
@@ -289,26 +294,9 @@ class Mover:
         self._failed.clear()
         self._torn = False
 
-    def _allowed_guesses(self, read_bytes: int) -> int:
-        if self._window is not None:
-            return self._window
-        compute_s = None if self._turn is None else self._compute_s[self._turn.phase].value
-        rate = self.link.bytes_per_s
-        if rate is None or compute_s is None:
-            return self.table.spare_slots
-        return int(compute_s * rate / read_bytes)
-
-    def _begin_turn(self, layer: int, phase: Phase) -> None:
-        # One turn = from one layer's demand to the next layer's; what it did not spend waiting
-        # is the time that a guess made in it can hide behind. What lies between two forward
-        # steps (sampling, a person who thinks) is no turn.
-        now, stalled, last = time.perf_counter(), self.telemetry.stall_s, self._turn
-        if last is not None and layer > last.layer:
-            self._compute_s[last.phase].add(now - last.began_s - (stalled - last.stalled_s))
-        self._turn = _Turn(layer, phase, now, stalled)
-
-    def _count(self, keys: Sequence[ExpertKey], phase: Phase) -> None:
-        counts = Counts(requests=len(keys))
+    def _count(self, layer: int, keys: Sequence[ExpertKey], phase: Phase) -> None:
+        counts = self.telemetry.counts[phase][layer]
+        counts.requests += len(keys)
         for key in keys:
             entry = self.table.get(key)
             if entry is None:
@@ -317,26 +305,20 @@ class Mover:
             counts.hits += entry.resident
             counts.late += not entry.resident
             counts.saved += entry.guessed and not entry.used
-        layer = keys[0].layer
         prediction = self._predictions.pop(layer, None)
         if prediction is not None:
             experts = {key.expert for key in keys}
-            counts.recall_of = len(experts)
-            counts.recall_hit = len(experts & set(prediction.ranked))
-            counts.core_hit = len(experts & set(prediction.ranked[: prediction.core]))
-        self.telemetry.counts[phase][layer].add(counts)
+            counts.recall_of += len(experts)
+            counts.recall_hit += len(experts.intersection(prediction.ranked))
+            counts.core_hit += len(experts.intersection(prediction.ranked[: prediction.core]))
 
     def _count_waste(self, entry: Entry) -> None:
         if entry.guessed and not entry.used and entry.resident:
             self.telemetry.bytes_wasted += self._record_bytes[entry.key.layer]
 
-    def _is_read_here(self, layer: int) -> bool:
+    def _reads_here(self) -> bool:
         # In prefill computing one expert takes longer than reading the next.
-        return (
-            2 * self._record_bytes[layer] <= self._batch_bytes
-            and self._turn is not None
-            and self._turn.phase is Phase.DECODE
-        )
+        return self._are_small and self._turns.phase is Phase.DECODE
 
     def _read_loop(self) -> None:
         while True:
@@ -394,9 +376,16 @@ class Mover:
             self._failed[entry.key] = failure
 
 
-@dataclass(frozen=True, slots=True)
-class _Turn:
-    layer: int
-    phase: Phase
-    began_s: float
-    stalled_s: float
+class _Section:
+    """What `Mover.section` returns; a generator would cost more than what it guards."""
+
+    __slots__ = ("_mover", "_torn")
+
+    def __init__(self, mover: Mover) -> None:
+        self._mover = mover
+
+    def __enter__(self) -> None:
+        self._torn = self._mover.enter_section()
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self._mover.end_section(self._torn if kind is None else True)

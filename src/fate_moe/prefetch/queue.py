@@ -41,6 +41,8 @@ class ReadQueue:
 
     def cancel(self, unwanted: Callable[[ExpertKey], bool]) -> list[Entry]:
         """Take the queued guesses that are `unwanted` out and return their entries."""
+        if not self._guesses:
+            return []
         gone = [key for key in self._guesses if unwanted(key)]
         return [self._guesses.pop(key) for key in gone]
 

@@ -1,0 +1,62 @@
+"""How many guessed reads does the computing of one layer hide?
+
+A turn lasts from one layer's demand to the next layer's. What it did not spend waiting is the time
+that a guess made in it can hide behind. Pure; callers hold the mover's lock.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from fate_moe.telemetry import LinkMeter, MovingAverage, Telemetry
+from fate_moe.types import Phase
+
+
+class Turns:
+    """The turn that is on, and what the ones before it took."""
+
+    def __init__(self, window: int | None, link: LinkMeter, telemetry: Telemetry) -> None:
+        """Start before the first turn.
+
+        Args:
+            window: most guesses per layer; None = as many as one layer's computing time covers.
+            link: how fast guesses come in.
+            telemetry: knows the time spent waiting.
+        """
+        self.compute_s = {phase: MovingAverage() for phase in Phase}
+        self._window = window
+        self._link = link
+        self._telemetry = telemetry
+        self._now: _Turn | None = None
+
+    @property
+    def phase(self) -> Phase | None:
+        """Of the turn that is on; None before the first one."""
+        return None if self._now is None else self._now.phase
+
+    def begin(self, layer: int, phase: Phase) -> None:
+        """Begin the turn of `layer`."""
+        # What lies between two forward steps (sampling, a person who thinks) is no turn.
+        now, stalled, last = time.perf_counter(), self._telemetry.stall_s, self._now
+        if last is not None and layer > last.layer:
+            self.compute_s[last.phase].add(now - last.began_s - (stalled - last.stalled_s))
+        self._now = _Turn(layer, phase, now, stalled)
+
+    def window(self, read_bytes: int, spare_slots: int) -> int:
+        """Return the most guesses of `read_bytes` each that this turn should queue."""
+        if self._window is not None:
+            return self._window
+        compute_s = None if self._now is None else self.compute_s[self._now.phase].value
+        rate = self._link.bytes_per_s
+        if rate is None or compute_s is None:
+            return spare_slots
+        return int(compute_s * rate / read_bytes)
+
+
+@dataclass(slots=True)
+class _Turn:
+    layer: int
+    phase: Phase
+    began_s: float
+    stalled_s: float
