@@ -11,7 +11,7 @@ demo: $(VENV)/run.done
 	$(BIN)/fate generate -p "What is the capital of France?" --experts 50% -n 40
 
 test: $(VENV)/dev.done
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup
 
 lint: $(VENV)/dev.done
 	$(BIN)/ruff check src tests scripts

@@ -25,6 +25,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)  # tiny matrices: threads only cost
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep what runs smolmoe in one process: each takes a GB, and some measure time and memory."""
+    for item in items:
+        if item.get_closest_marker("smolmoe"):
+            item.add_marker(pytest.mark.xdist_group("smolmoe"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _imports_out_of_the_collectors_sight() -> None:
     """Every conversion collects garbage: a quarter of a second over all that torch has made."""
