@@ -9,7 +9,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -78,6 +78,19 @@ def _run(command: list[str], seconds: float, group: MemoryGroup | None) -> Done:
         return Done(
             process.returncode, is_late, _tail(out), _tail(err), wall_s, read * _BLOCK_BYTES, peak
         )
+
+
+@contextlib.contextmanager
+def ending_tidily() -> Iterator[None]:
+    """Within the scope, a request to end is an interrupt: what was set is put back on the way out.
+
+    Only the main thread is ever asked.
+    """
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def forget_files(paths: Iterable[Path]) -> None:

@@ -177,6 +177,7 @@ def rivals(
     }  # fmt: skip
     with TerminalProgress() as progress:
         from fate_moe.bench import rounds as running
+        from fate_moe.bench.process import ending_tidily
         from fate_moe.bench.readahead import parse_kib
 
         kib = () if readahead is None else tuple(parse_kib(readahead))
@@ -186,7 +187,7 @@ def rivals(
         if kib and bench.disk is None:
             _tell("readahead stays as it is: it cannot be set here (needs root)")
         form = replace(form, readahead_kib=kib if bench.disk else ())
-        with _open_out(out) as lines:
+        with _open_out(out) as lines, ending_tidily():
             (out / "card.json").write_text(json.dumps(asdict(bench.card), indent=1) + "\n")
             found = running.run_rounds(bench, form, lines, _tell_row, progress)
     _show(found, bench, out, f"{shape}: tokens per second", json_out)

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -16,7 +18,7 @@ from fate_moe.bench import rounds
 from fate_moe.bench.ceilings import decode_ceiling, prefill_ceiling, token_bytes
 from fate_moe.bench.machine import Card
 from fate_moe.bench.passes import time_pass
-from fate_moe.bench.process import Done, forget_files, run_alone
+from fate_moe.bench.process import Done, ending_tidily, forget_files, run_alone
 from fate_moe.bench.rivals.disk_offload import DiskOffload
 from fate_moe.bench.rivals.fate import Fate
 from fate_moe.bench.rivals.llama_bench import IkLlamaCpp, LlamaCpp, read_llama_bench
@@ -171,6 +173,23 @@ def test_a_slow_program_is_ended_with_its_children(tmp_path: Path) -> None:
         time.sleep(0.1)
     else:
         pytest.fail("the child lives on")
+
+
+def test_asked_to_end_everything_is_put_back(tmp_path: Path) -> None:
+    """The program that runs is ended, too."""
+    note = tmp_path / "child"
+    line = f"echo $$ > {note}; sleep 0.5; kill -TERM {os.getpid()}; exec sleep 60"
+    before = signal.getsignal(signal.SIGTERM)
+
+    def run() -> None:
+        with ending_tidily():
+            run_alone(["/bin/sh", "-c", line], None, 60)
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert signal.getsignal(signal.SIGTERM) is before
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(note.read_text()), 0)
 
 
 def test_forgetting_files_keeps_them(tmp_path: Path) -> None:
