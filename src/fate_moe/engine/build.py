@@ -75,7 +75,10 @@ def build(
     )
     try:
         how = attach(blueprint, sites, predictor, mover, arena)
-        use_native(model, config.compute.compute != "eager" and native.is_available())
+        natively = config.compute.compute != "eager" and native.is_available()
+        use_native(model, natively)
+        if natively:
+            _fuse(model, blueprint.context_tokens)
         _preload(blueprint, regions, mover, progress)
     except BaseException:
         _stop(mover, reader)
@@ -90,6 +93,12 @@ def build(
     # A model that is dropped without `close` gives its threads, files and slots back too.
     weakref.finalize(model, _stop, mover, reader)
     return engine
+
+
+def _fuse(model: Any, tokens: int) -> None:
+    from fate_moe.models.fused import fuse  # defines classes of transformers', slow to import
+
+    fuse(model, tokens)
 
 
 def _stop(mover: Mover, reader: RecordReader) -> None:

@@ -26,7 +26,7 @@ from fate_moe.models.fused_step import (
 from fate_moe.native import core
 
 _NAMES = "q_proj", "k_proj", "v_proj", "o_proj"
-_HISTORY = 5
+_HISTORY, _STEPS = 3, 3
 _FAR = 1 << 20  # a position past which a family that scales by position shows it
 
 
@@ -178,7 +178,7 @@ def _equals(fused: FusedAttention) -> bool:
     if fused.matrices is None:
         return True
     probe = _Probe(fused, draw)
-    return all(probe.through() for _ in range(_HISTORY))
+    return all(probe.through() for _ in range(_STEPS))
 
 
 class _Probe:

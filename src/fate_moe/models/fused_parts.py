@@ -42,10 +42,10 @@ class FusedNorm:
         self.tolerance = 1e-5
         self.own = module.forward
 
-    def forward(self, hidden_states: Tensor) -> Any:
-        """Norm one token natively, others as ever."""
-        if not is_one_token(hidden_states, self.width) or hidden_states.shape[-1] != self.width:
-            return self.own(hidden_states)
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Norm one token natively, others, or with a gate, as ever."""
+        if args or kwargs or not is_one_token(hidden_states, self.width):
+            return self.own(hidden_states, *args, **kwargs)
         out = torch.empty_like(hidden_states)
         self._norm(hidden_states.data_ptr(), self._address, self.width, self._eps, out.data_ptr())
         return out
@@ -73,14 +73,14 @@ class FusedRouter:
         self.tolerance = 1e-4
         self.own = module.forward
 
-    def forward(self, hidden_states: Tensor, *args: Any) -> Any:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Choose one token's experts natively, those of others as ever.
 
         Returns:
             logits [1, E], topk_weights [1, K], topk_ids [1, K].
         """
-        if args or not is_one_token(hidden_states, self.width):
-            return self.own(hidden_states, *args)
+        if args or kwargs or not is_one_token(hidden_states, self.width):
+            return self.own(hidden_states, *args, **kwargs)
         logits = torch.empty(1, self._experts)
         weights = torch.empty(1, self._k)
         ids = torch.empty(1, self._k, dtype=torch.long)
@@ -111,14 +111,14 @@ class FusedDense:
         self.tolerance = max(one.tolerance for one in matrices)
         self.own = module.forward
 
-    def forward(self, hidden_states: Tensor, *args: Any) -> Any:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Compute one token natively, others as ever."""
         modules = self.module._modules
         for name, one in zip(_PROJECTIONS, self.projections, strict=True):
             if modules[name] is not one or one._forward_hooks:
-                return self.own(hidden_states, *args)
-        if args or not is_one_token(hidden_states, self.width):
-            return self.own(hidden_states, *args)
+                return self.own(hidden_states, *args, **kwargs)
+        if args or kwargs or not is_one_token(hidden_states, self.width):
+            return self.own(hidden_states, *args, **kwargs)
         out = torch.empty_like(hidden_states)
         self._block.run(hidden_states.data_ptr(), out.data_ptr())
         return out

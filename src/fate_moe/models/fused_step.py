@@ -88,7 +88,8 @@ class Slot:
 
 def is_one_token(x: Tensor, width: int) -> bool:
     """Say whether x is one token [.., width] that the native core can read, with no gradients."""
-    return x.numel() == width and is_plain(x) and not torch.is_grad_enabled()
+    one = x.numel() == width == x.shape[-1]
+    return one and is_plain(x) and not torch.is_grad_enabled()
 
 
 def find_slot(
@@ -170,12 +171,12 @@ def norm_of(module: Any) -> tuple[Tensor, float]:
     Raises:
         TypeError: it does not.
     """
-    weight = getattr(module, "weight", None)
+    weight = module._parameters.get("weight")  # `weight` of a record would be unpacked
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     looks = isinstance(weight, Tensor) and weight.dim() == 1 and isinstance(eps, float)
-    if not looks or not is_plain(weight) or getattr(module, "bias", None) is not None:  # type: ignore[arg-type]
+    if not looks or not is_plain(weight) or getattr(module, "bias", None) is not None:
         raise TypeError(f"no native norm for a {type(module).__name__}")
-    return weight.detach(), eps  # type: ignore[union-attr, return-value]
+    return weight.detach(), eps  # type: ignore[return-value]
 
 
 def differs(got: Tensor, want: Tensor, tolerance: float = TOLERANCE) -> bool:

@@ -386,3 +386,52 @@ def test_what_was_fused_is_told(caplog: pytest.LogCaptureFixture) -> None:
 def test_modules_of_another_dtype_are_left_alone() -> None:
     model = make_model("qwen2_moe").bfloat16()
     assert fuse(model, 512) == {}
+
+
+def test_a_norm_with_a_gate_keeps_it() -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.rand(64))
+            self.variance_epsilon = 1e-6
+
+        def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+            x = x if gate is None else x * gate
+            return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+
+    norm = Gated()
+    part = fuse_part(norm)
+    assert part is not None
+    x, gate = torch.rand(1, 64), torch.rand(1, 64)
+    with torch.no_grad():
+        assert torch.equal(part[1].forward(x, gate), norm(x, gate))
+        assert torch.allclose(part[1].forward(x), norm(x), atol=1e-6)
+
+
+def test_no_record_is_unpacked_to_look_at_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any) -> None:
+        raise AssertionError("a record was unpacked")
+
+    model = nn.ModuleDict({"linear": make_linear(64, 64, 4)})
+    monkeypatch.setattr(type(model["linear"]), "weight", property(refuse))
+    assert fuse(model, 512) == {}
+
+
+@pytest.mark.parametrize("compute", ["eager", "native"])
+def test_an_engine_fuses_only_where_it_computes_natively(
+    compute: str, open_engine: Any, tiny_store: Any
+) -> None:
+    engine = open_engine(tiny_store, compute=compute)
+    fused = [module for module in engine.model.modules() if "forward" in module.__dict__]
+    assert bool(fused) == (compute == "native")
+
+
+def test_smolmoe_answers_as_unfused(open_engine: Any, smolmoe_store: Any) -> None:
+    model = open_engine(smolmoe_store, compute="native").model
+    ids = tokens(12)
+    ask = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False}
+    fused = model.generate(input_ids=ids, **ask)
+    layers = sum("forward" in layer.__dict__ for layer in model.model.layers)
+    assert layers == len(model.model.layers)
+    unfuse(model)
+    assert torch.equal(model.generate(input_ids=ids, **ask), fused)
