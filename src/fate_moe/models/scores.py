@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fate_moe.errors import ModelError
+from fate_moe.models.quantized import RecordLinear
+from fate_moe.quant.record import RECORD_ALIGN
 
 
 class Halves:
@@ -37,8 +39,14 @@ class Halves:
 
     @property
     def projection(self) -> Tensor:
-        """The output projection, [V, D]."""
-        weight: Tensor = self._model.get_output_embeddings().weight
+        """What the output projection is made of: weights [V, D], or its record's bytes [n, 4096].
+
+        A record is never unpacked for it: as floats it may not fit into the plan.
+        """
+        output = self._model.get_output_embeddings()
+        if isinstance(output, RecordLinear) and output.record is not None:
+            return output.record.view(-1, RECORD_ALIGN)
+        weight: Tensor = output.weight
         return weight
 
     @torch.no_grad()

@@ -109,14 +109,18 @@ def test_sixteen_bit_inputs_stay_sixteen_bit() -> None:
 
 @needs_native
 def test_a_record_that_moves_is_found_again() -> None:
-    linear = make_linear(64, 128, 4)
+    linear = make_linear(64, 128, 4, bias=True)
     x = torch.randn(1, 128)
     before = linear(x)
     assert linear.record is not None
+    assert linear.bias is not None
     old = linear.record
     linear.record = old.clone()
     old.zero_()
     assert torch.equal(linear(x), before)
+    linear.record = linear.record.clone()
+    linear.bias = nn.Parameter(linear.bias + 1)
+    torch.testing.assert_close(linear(x), before + 1)
 
 
 @needs_native

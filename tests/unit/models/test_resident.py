@@ -22,6 +22,7 @@ from fate_moe.models.load import load_residents, quiet_transformers, read_skelet
 from fate_moe.models.quantized import RecordEmbedding, RecordLinear, use_native
 from fate_moe.models.records import find_records, record_name, worth_codes
 from fate_moe.models.resident import ResidentRecords
+from fate_moe.models.scores import Halves
 from fate_moe.quant.codec import decode, encode
 from fate_moe.store.convert import convert
 from fate_moe.store.format import read_manifest
@@ -66,6 +67,21 @@ def test_large_plain_matrices_are_worth_codes(tmp_path: Path) -> None:
     }  # down_proj: 40 inputs; gate: the router; shared_expert_gate: one output
     assert (every["lm_head"].rows, every["lm_head"].cols, every["lm_head"].group) == (2000, 96, 32)
     assert set(worth_codes(skeleton)) == {"model.embed_tokens", "lm_head"}
+
+
+def test_routers_and_what_is_kept_wide_are_left_alone() -> None:
+    def layer() -> nn.Module:
+        return nn.Linear(64, 64)
+
+    skeleton: Any = nn.ModuleDict(
+        {
+            "mlp": nn.ModuleDict({"gate": layer(), "gate_proj": layer()}),
+            "router": nn.ModuleDict({"layer": layer()}),
+            "indexer": nn.ModuleDict({"weights_proj": layer()}),
+        }
+    )
+    skeleton._keep_in_fp32_modules = ["indexer.weights_proj"]
+    assert list(worth_codes(skeleton, 1)) == ["mlp.gate_proj"]
 
 
 def test_what_is_tied_to_something_else_stays(tmp_path: Path) -> None:
@@ -201,6 +217,16 @@ def test_a_plan_counts_records_as_they_are(tiny_store: Path, small_store: Path) 
     assert small == sum(entry.nbytes for entry in (*records, *kept))  # the rest is in float32
     assert small < plain / 2
     assert small_load < plain_load
+
+
+def test_the_output_projection_is_told_apart_without_unpacking_it(
+    small_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = load_residents(small_store, read_skeleton(small_store), torch.float32)
+    monkeypatch.setattr(RecordLinear, "weight", property(lambda self: pytest.fail("unpacked")))
+    projection = Halves(model).projection
+    assert projection.shape == (len(model.lm_head.record) // 4096, 4096)
+    assert projection.data_ptr() == model.lm_head.record.data_ptr()
 
 
 Change = Callable[[dict[str, Any]], None]
