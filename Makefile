@@ -1,17 +1,25 @@
-# make demo | test | lint | clean. Needs Python 3.11 or newer with venv; everything else comes from PyPI.
+# make demo | test | sanitize | lint | clean. Needs Python 3.11 or newer with venv; everything else comes from PyPI.
 PYTHON ?= python3
 PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
-.PHONY: demo test lint format clean
+.PHONY: demo test sanitize lint format clean
 
 demo: $(VENV)/run.done
 	$(BIN)/fate generate -p "What is the capital of France?" --experts 50% -n 40
 
 test: $(VENV)/dev.done
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup
+
+# The native core without Python, under AddressSanitizer and UndefinedBehaviorSanitizer.
+sanitize: $(VENV)/dev.done
+	@mkdir -p build
+	$(BIN)/cmake -S . -B build/sanitize -DFATE_TESTS=ON -DFATE_SANITIZE=address,undefined \
+	  -DCMAKE_BUILD_TYPE=None -G "Unix Makefiles" > build/sanitize.log
+	$(BIN)/cmake --build build/sanitize -j2 >> build/sanitize.log
+	build/sanitize/fate_tests
 
 lint: $(VENV)/dev.done
 	$(BIN)/ruff check src tests scripts

@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <cstring>
 
 namespace fate {
 
@@ -45,7 +46,9 @@ struct Avx2 {
     out[3] = _mm256_unpackhi_epi64(b, d);
   }
   static I broadcast4(const std::int8_t* p) {
-    return _mm256_castps_si256(_mm256_broadcast_ss(reinterpret_cast<const float*>(p)));
+    std::int32_t four;
+    std::memcpy(&four, p, 4);
+    return _mm256_set1_epi32(four);
   }
   static P p_zero() { return _mm256_setzero_si256(); }
   static P step(P acc, I w, I a) { return _mm256_add_epi16(acc, _mm256_maddubs_epi16(w, a)); }

@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <cstring>
 
 namespace fate {
 
@@ -48,7 +49,9 @@ struct Avx512 {
     out[3] = _mm512_unpackhi_epi64(b, d);
   }
   static I broadcast4(const std::int8_t* p) {
-    return _mm512_castps_si512(_mm512_set1_ps(*reinterpret_cast<const float*>(p)));
+    std::int32_t four;
+    std::memcpy(&four, p, 4);
+    return _mm512_set1_epi32(four);
   }
   static P p_zero() { return _mm512_setzero_si512(); }
   static P step(P acc, I w, I a) { return _mm512_dpbusd_epi32(acc, w, a); }

@@ -1,0 +1,175 @@
+// The native core without Python, for the sanitizers: every instruction set of this machine, odd
+// shapes, all precisions, one to many tokens, threads. Memory is exactly as large as promised, so
+// that a byte read beyond it is seen.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#include "feedforward.h"
+#include "half.h"
+
+namespace {
+
+using namespace fate;
+
+int failures = 0;
+
+void expect(bool good, const char* what, const char* isa, int a = 0, int b = 0, int c = 0) {
+  if (good) return;
+  ++failures;
+  std::printf("FAILED: %s (%s; %d, %d, %d)\n", what, isa, a, b, c);
+}
+
+std::mt19937 random_bits(7);
+
+float random_value() { return std::normal_distribution<float>(0, 1)(random_bits); }
+
+// A record of one matrix with random codes, in memory that ends where it ends.
+struct Record {
+  MatrixPlace place;
+  std::unique_ptr<std::uint8_t[]> bytes;
+
+  Record(int rows, int cols, int group, int bits) {
+    const std::size_t meta = 2ul * rows * (cols / group), plane = 1ul * rows * cols / 4;
+    const std::size_t codes = bits == 8 ? 4 * plane : plane;
+    place = {rows, cols, group, bits, 0, meta, 2 * meta, bits == 8 ? 2 * meta : 2 * meta + plane};
+    const std::size_t size = 2 * meta + (bits == 8 ? codes : 2 * plane);
+    bytes.reset(new std::uint8_t[size]);
+    for (std::size_t i = 0; i < size; ++i) bytes[i] = static_cast<std::uint8_t>(random_bits());
+    auto* scale = reinterpret_cast<std::uint16_t*>(bytes.get());
+    for (std::size_t i = 0; i < meta / 2; ++i) {
+      scale[i] = static_cast<std::uint16_t>(0x1c00 + random_bits() % 0x400);           // 0.004 ..
+      scale[meta / 2 + i] = static_cast<std::uint16_t>(0x4400 + random_bits() % 0x800);  // 4 to 16
+    }
+  }
+
+  double weight(int row, int col, int bits) const {
+    const Matrix w = place.at(bytes.get());
+    const int groups = w.groups(), group = w.group, g = col / group, i = col % group;
+    double scale = half_to_float(w.scale[row * groups + g]);
+    double zero = half_to_float(w.zero[row * groups + g]);
+    if (place.bits == 8) return (w.high[1ul * row * w.cols + col] - zero) * scale;
+    const std::size_t at = 1ul * row * w.cols / 4 + 1ul * g * group / 4 + i % (group / 4);
+    const int shift = 2 * (i / (group / 4));
+    const int high = w.high[at] >> shift & 3;
+    if (bits == 2) return (high - (zero - 1.5) / 4) * scale * 4;
+    return (4 * high + (w.low[at] >> shift & 3) - zero) * scale;
+  }
+};
+
+std::vector<double> rounded(const std::vector<float>& x, int tokens, int cols, int group) {
+  std::vector<double> out(x.size());
+  for (std::size_t from = 0; from < 1ul * tokens * cols; from += group) {
+    float most = 0;
+    for (int i = 0; i < group; ++i) most = std::max(most, std::fabs(x[from + i]));
+    for (int i = 0; i < group; ++i)
+      out[from + i] = std::nearbyint(x[from + i] * (127.0f / most)) * (most / 127.0f);
+  }
+  return out;
+}
+
+void check_linear(Pool& pool, const char* isa, int rows, int cols, int bits, int tokens) {
+  const int group = cols % 64 == 0 ? 64 : 32;
+  const Record record(rows, cols, group, bits == 2 ? 4 : bits);
+  std::vector<float> x(1ul * tokens * cols), bias(rows), y(1ul * tokens * rows, NAN);
+  for (float& value : x) value = random_value();
+  for (float& value : bias) value = random_value();
+  Buffer memory;
+  linear(pool, memory, record.place.at(record.bytes.get(), bits == 2), bias.data(), x.data(), tokens,
+         y.data());
+  const std::vector<double> exact = rounded(x, tokens, cols, group);
+  double off = 0, norm = 0;
+  for (int t = 0; t < tokens; ++t) {
+    for (int r = 0; r < rows; ++r) {
+      double want = bias[r];
+      for (int c = 0; c < cols; ++c) want += record.weight(r, c, bits) * exact[1ul * t * cols + c];
+      off += (y[1ul * t * rows + r] - want) * (y[1ul * t * rows + r] - want);
+      norm += want * want;
+    }
+  }
+  // A value midway between two codes may go either way: one code in a group's sum.
+  expect(off <= 1e-6 * norm, "linear", isa, rows, cols, 100 * tokens + bits);
+}
+
+void check_experts(Pool& pool, const char* isa, int tokens) {
+  const int hidden = 96, inner = 160, experts = 5, k = 3;
+  std::vector<Record> up, down;
+  std::vector<std::unique_ptr<std::uint8_t[]>> records;
+  ExpertShape shape{};
+  for (int e = 0; e < experts; ++e) {
+    up.emplace_back(2 * inner, hidden, 32, 4);
+    down.emplace_back(hidden, inner, 32, 4);
+    const auto bytes = [](const MatrixPlace& p) { return p.low + 1ul * p.rows * p.cols / 4; };
+    const std::size_t first = (bytes(up[e].place) + 63) / 64 * 64, second = bytes(down[e].place);
+    records.emplace_back(new std::uint8_t[first + second]);
+    std::memcpy(records[e].get(), up[e].bytes.get(), bytes(up[e].place));
+    std::memcpy(records[e].get() + first, down[e].bytes.get(), second);
+    MatrixPlace moved = down[e].place;
+    for (std::size_t* at : {&moved.scale, &moved.zero, &moved.high, &moved.low}) *at += first;
+    shape = {up[e].place, moved, true, false, {Act::kSilu, 1.0f, INFINITY, 0.0f, false}, -1, -1};
+  }
+  std::vector<float> x(1ul * tokens * hidden), weights(1ul * tokens * k);
+  std::vector<std::int64_t> ids(1ul * tokens * k);
+  for (float& value : x) value = random_value();
+  for (float& value : weights) value = std::fabs(random_value());
+  for (int t = 0; t < tokens; ++t)
+    for (int i = 0; i < k; ++i) ids[1ul * t * k + i] = (t + 2 * i) % experts;
+  std::vector<std::vector<float>> out;
+  for (const bool reversed : {false, true}) {
+    ExpertStep step;
+    step.begin(pool, shape, x.data(), tokens, k, ids.data(), weights.data());
+    std::vector<Arrived> needed;
+    for (int e = 0; e < experts; ++e)
+      for (const std::int64_t id : ids)
+        if (id == e) { needed.push_back({e, records[e].get(), false}); break; }
+    if (reversed)
+      for (auto it = needed.rbegin(); it != needed.rend(); ++it) step.run(pool, {*it});
+    else
+      step.run(pool, needed);
+    out.emplace_back(1ul * tokens * hidden, NAN);
+    step.finish(pool, out.back().data());
+  }
+  expect(out[0] == out[1], "the order of arrival shows", isa, tokens);
+  double norm = 0;
+  for (const float value : out[0]) norm += 1.0 * value * value;
+  expect(std::isfinite(norm) && norm > 0, "experts", isa, tokens);
+}
+
+void check_pool() {
+  for (const int threads : {1, 2, 7}) {
+    Pool pool(threads);
+    for (int round = 0; round < 2000; ++round) {
+      const int pieces = round % 13;
+      std::vector<int> done(pieces, 0);
+      pool.run(pieces, [&](int piece, int thread) {
+        pool.scratch(thread, 100 + piece)[99] = 1;
+        ++done[piece];
+      });
+      expect(std::accumulate(done.begin(), done.end(), 0) == pieces, "a piece ran not once", "pool",
+             threads, round);
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  check_pool();
+  Pool pool(3);
+  for (const Kernels* kernels : available()) {
+    use(kernels->name);
+    for (const int bits : {2, 4, 8})
+      for (const auto& [rows, cols] : std::vector<std::pair<int, int>>{
+               {1, 32}, {3, 64}, {33, 96}, {70, 160}, {17, 448}, {130, 1056}})
+        for (const int tokens : {1, 2, 3, 4, 9}) check_linear(pool, kernels->name, rows, cols, bits, tokens);
+    for (const int tokens : {1, 2, 40}) check_experts(pool, kernels->name, tokens);
+    std::printf("%s: tried\n", kernels->name);
+  }
+  std::printf(failures ? "%d failures\n" : "all as it should be\n", failures);
+  return failures ? 1 : 0;
+}
