@@ -2,11 +2,14 @@
 
 One anonymous mapping of S equal slots on the HOST tier. It starts on a page boundary, and slot
 sizes are multiples of 4096, so a slot is a legal target of an O_DIRECT read. Pages are taken from
-the system only when a slot is first filled. Knows nothing of experts.
+the system only when a slot is first filled, 2 MiB at a time where the system gives such pages: a
+read into them names a handful of places in memory instead of a thousand. Knows nothing of experts.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import mmap
 
 import torch
@@ -15,6 +18,7 @@ from torch import Tensor
 from fate_moe.errors import CacheError
 
 ALIGNMENT = 4096
+HUGE_PAGE = 2 * 2**20
 
 
 class Arena:
@@ -25,9 +29,9 @@ class Arena:
             raise CacheError(f"slot_bytes {slot_bytes} is no multiple of {ALIGNMENT}")
         self.slots = slots
         self.slot_bytes = slot_bytes
-        self._map = mmap.mmap(-1, max(slots * slot_bytes, ALIGNMENT))
-        self._bytes = memoryview(self._map)
-        self._tensor = torch.frombuffer(self._map, dtype=torch.uint8)
+        size = max(slots * slot_bytes, ALIGNMENT)
+        self._bytes = _map(size)
+        self._tensor = torch.frombuffer(self._bytes, dtype=torch.uint8)
 
     def view(self, slot: int) -> memoryview:
         """Return a writable view of one slot, for a reader."""
@@ -42,3 +46,17 @@ class Arena:
     def address(self, slot: int) -> int:
         """Return where one slot starts, for the native core."""
         return self._tensor.data_ptr() + slot * self.slot_bytes
+
+
+def _map(size: int) -> memoryview:
+    """Return `size` bytes of fresh memory, in huge pages as far as whole ones fit."""
+    huge = size - size % HUGE_PAGE
+    advice = getattr(mmap, "MADV_HUGEPAGE", None)
+    if not huge or advice is None:
+        return memoryview(mmap.mmap(-1, size))
+    # Shared memory, mmap's default, gets no huge pages.
+    whole = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    start = -ctypes.addressof(ctypes.c_char.from_buffer(whole)) % HUGE_PAGE
+    with contextlib.suppress(OSError):  # a system built without them
+        whole.madvise(advice, start, huge)
+    return memoryview(whole)[start : start + size]
