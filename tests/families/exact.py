@@ -140,7 +140,11 @@ def check_family(model_type: str, work: Path) -> Outcome:
 
 def compare(model_type: str, store: Path, reference: Any) -> Outcome:
     config = make_config(
-        experts="30%", allocation="even", window=4, compute="eager", dtype="float32",
+        experts="30%",
+        allocation="even",
+        window=4,
+        compute="eager",
+        dtype="float32",
         context_tokens=64,
     )
     engine = build(store, config)

@@ -141,11 +141,11 @@ def test_convert_inspect_verify(tiny_checkpoint: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "quantization", "mode"),
     [
-        (["--bits", "8"], {"bits": 8, "group": 64, "balanced": True}, "experts INT8, computed in"),
+        (["--bits", "8"], {"bits": 8, "group": 64, "balanced": True}, "experts INT8, computed"),
         (
             ["--scales", "minmax"],
             {"bits": 4, "group": 64, "scales": "minmax"},
-            "experts INT4 (min-max scales), computed in",
+            "experts INT4 (min-max scales), computed",
         ),
         (["--bits", "16"], {"bits": 32}, "experts unquantized (float32), computed in"),
     ],

@@ -72,7 +72,7 @@ def convert(path: Path, bits: int = 4) -> Path:
 
 def check(store: Path, expected: Tensor, open_engine: Open) -> None:
     assert verify(store).is_intact
-    engine = open_engine(store, experts="75%", dtype="float32")
+    engine = open_engine(store, experts="75%", compute="eager", dtype="float32")
     engine.model.config._attn_implementation = "eager"
     with torch.no_grad():
         assert torch.equal(engine.model(PROMPT).logits, expected)

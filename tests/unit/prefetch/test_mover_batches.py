@@ -80,7 +80,8 @@ class Bench:
                 for expert, slot in piece:
                     assert set(self.view(slot)) == {10 * layer + expert}
                 pieces.append([expert for expert, _ in piece])
-        self.mover.table.check()
+        with self.mover.section():  # other threads may be changing it
+            self.mover.table.check()
         return pieces
 
     def settle(self) -> None:
