@@ -12,7 +12,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fate_moe.engine import Engine, load
+    from fate_moe.engine.handle import Engine
+    from fate_moe.engine.load import load
     from fate_moe.errors import (
         BudgetError,
         ConfigError,
