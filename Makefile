@@ -20,6 +20,7 @@ sanitize: $(VENV)/dev.done
 	  -DCMAKE_BUILD_TYPE=None -G "Unix Makefiles" > build/sanitize.log
 	$(BIN)/cmake --build build/sanitize -j2 >> build/sanitize.log
 	build/sanitize/fate_tests
+	build/sanitize/fate_io_tests
 
 lint: $(VENV)/dev.done
 	$(BIN)/ruff check src tests scripts

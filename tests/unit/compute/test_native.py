@@ -180,6 +180,15 @@ def test_order_and_pieces_of_arrival_do_not_show() -> None:
         )
 
 
+def test_a_token_s_sum_goes_by_expert_not_by_rank() -> None:
+    both = Both(layout_of(128, 64), PLAIN, 8)
+    for tokens in (1, 6):
+        ids, weights = routing(tokens, 8, 4)
+        x = torch.randn(tokens, 128)
+        turned = both.native(x, ids.flip(1), weights.flip(1), arrivals(ids))
+        assert torch.equal(both.native(x, ids, weights, arrivals(ids)), turned)
+
+
 def test_threads_do_not_show() -> None:
     both = Both(layout_of(256, 192), PLAIN, 8)
     before = core().threads()
