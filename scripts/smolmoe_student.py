@@ -135,7 +135,7 @@ class DeltaLinear(nn.Module):
 
     def _round(self, part: Tensor, new_grid: bool) -> None:
         if new_grid:
-            fit = quantize(part.contiguous().cpu(), self.group)
+            fit = quantize(part.contiguous(), self.group)
             self.scale.copy_(fit.scale[..., None])
             self.zero.copy_(fit.zero[..., None])
         inverse = torch.where(self.scale == 0, 0.0, 1.0 / self.scale)  # as quantize does
@@ -167,9 +167,9 @@ class CarvedBlock(nn.Module):
 
     def refresh(self, new_grid: bool) -> None:
         """Bring the effective weights up to date, balanced as a store's are (quant/balance)."""
-        gate, up = (linear.shipped()[SHARED_WIDTH:] for linear in (self.gate, self.up))
-        experts = zip(gate.split(EXPERT_WIDTH), up.split(EXPERT_WIDTH), strict=True)
-        loud = torch.cat([loudness(torch.cat(pair)) for pair in experts])
+        routed = (linear.shipped()[SHARED_WIDTH:] for linear in (self.gate, self.up))
+        experts = torch.cat([rows.unflatten(0, (-1, EXPERT_WIDTH)) for rows in routed], 1)
+        loud = loudness(experts).flatten()
         self.gate.refresh(new_grid)
         self.up.refresh(new_grid, 1 / loud)
         self.down.refresh(new_grid, loud)

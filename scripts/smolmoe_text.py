@@ -189,7 +189,8 @@ def _answer(model: Any, tokenizer: Any, questions: list[str]) -> list[int]:
         return_dict=True,
         tokenizer_kwargs={"padding_side": "left"},
     ).to(model.device)
-    out = model.generate(**batch, max_new_tokens=160, do_sample=True, temperature=0.8, top_k=50)
+    with torch.autocast(model.device.type, torch.bfloat16, model.device.type == "cuda"):
+        out = model.generate(**batch, max_new_tokens=160, do_sample=True, temperature=0.8, top_k=50)
     stream: list[int] = []
     for row, mask in zip(out.tolist(), batch["attention_mask"].tolist(), strict=True):
         text = row[mask.index(1) :]

@@ -27,6 +27,7 @@ import torch
 from carve_smolmoe import add_options, carve_and_save
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from smolmoe_loss import divergence, perplexity
 from smolmoe_student import digest_of, make_student, recipe_of, refresh
 from smolmoe_text import (
     SEQUENCE,
@@ -38,20 +39,18 @@ from smolmoe_text import (
     passages,
 )
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fate_moe.reference.recipe import Recipe, read_recipe
 
 CHAT_EVERY = 8  # one row in eight is chat
 WARMUP_STEPS = 20
-HEAD_ROWS = 256  # tokens whose logits are held at once
 ADAM_STATE = ("exp_avg", "exp_avg_sq")
 SAME = ("rows", "rank", "attention_rank", "seed")  # options that a run keeps to its end
 
 # What fits a machine: an H100 works on 32 k tokens at once, a small CPU on 1 k.
 DEFAULTS = {
-    "cuda": {"tokens": 300_000_000, "rows": 64, "chat_rows": 4000, "chat_batch": 512,
-             "eval_every": 200, "grid_every": 100, "lr": 1.5e-3},
+    "cuda": {"tokens": 300_000_000, "rows": 64, "chat_rows": 4000, "chat_batch": 2048,
+             "eval_every": 200, "grid_every": 50, "lr": 1.5e-3},
     "cpu": {"tokens": 600_000, "rows": 2, "chat_rows": 80, "chat_batch": 32,
             "eval_every": 50, "grid_every": 25, "lr": 5e-4},
 }  # fmt: skip
@@ -66,7 +65,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, required=True, help="checkpoints, chats, log")
     parser.add_argument("--out", type=Path, required=True, help="the finished recipe")
     parser.add_argument("--start", type=Path, help="recipe to begin at; default: carve one")
-    parser.add_argument("--rank", type=int, default=64, help="of feed-forward deltas")
+    parser.add_argument("--rank", type=int, default=88, help="of feed-forward deltas")
     parser.add_argument("--attention-rank", type=int, default=32)
     parser.add_argument("--router-lr", type=float, help="default: that of the rest")
     parser.add_argument("--balance", type=float, default=0.02, help="weight of load balancing")
@@ -93,39 +92,6 @@ def arguments() -> argparse.Namespace:
     chosen.device = torch.device(kind)
     chosen.dtype = torch.bfloat16 if kind == "cuda" else torch.float32
     return chosen
-
-
-@torch.no_grad()
-def divergence(student: Tensor, teacher: Tensor, head: Tensor) -> tuple[float, Tensor]:
-    """Mean KL(teacher, student) over tokens, and its gradient with respect to `student`.
-
-    Args:
-        student, teacher: last hidden states [T, D].
-        head: output projection [V, D], the same for both.
-    The gradient is made by hand, a few tokens at a time: 200 kB of logits each, twice.
-    """
-    total, gradient = 0.0, torch.empty_like(student)
-    for start in range(0, len(student), HEAD_ROWS):
-        part = slice(start, start + HEAD_ROWS)
-        wanted = torch.log_softmax((teacher[part].to(head.dtype) @ head.T).float(), -1)
-        have = torch.log_softmax((student[part].to(head.dtype) @ head.T).float(), -1)
-        probability = wanted.exp()
-        total += (probability * (wanted - have)).sum().item()
-        gradient[part] = have.exp_().sub_(probability).to(head.dtype) @ head
-    return total / len(student), gradient / len(student)
-
-
-@torch.no_grad()
-def perplexity(model: Any, rows: Tensor) -> float:
-    """Perplexity over independent sequences, rows [B, T] on the model's device.
-
-    Not fate_moe.bench's, whose tokens lie on the CPU: this one also runs on a CUDA card.
-    """
-    total = 0.0
-    for part in rows.split(2):
-        logits = model(part).logits[:, :-1].flatten(0, 1).float()
-        total += F.cross_entropy(logits, part[:, 1:].flatten(), reduction="sum").item()
-    return math.exp(total / rows[:, 1:].numel())
 
 
 def batches(text: Tensor, chat: Tensor, rows: int, first: int) -> Iterator[Tensor]:
@@ -168,14 +134,19 @@ class Trainer:
             } | {"step": torch.tensor(0.0)}
         self.head = dense.lm_head.weight.to(options.dtype)
         self.step, self.trained_s = 0, 0.0
-        self.mean_kl: float | None = None
+        self.mean_kl: Tensor | float | None = None  # on the device: nothing waits for it
         self.loads: Tensor | None = None  # [L, E], running mean; 1 = an even share
         self.stopping = False
+        self.replay: Any = None
         self.refresh(True)
 
     @property
     def steps(self) -> int:
         return self.options.tokens // (self.options.rows * SEQUENCE)
+
+    @property
+    def kl(self) -> float | None:
+        return None if self.mean_kl is None else float(self.mean_kl)
 
     def rate(self) -> float:
         """Learning rate as a share of its peak: warm up, stay, fall linearly."""
@@ -204,12 +175,20 @@ class Trainer:
         self.step += 1
         self.refresh(self.step % options.grid_every == 0)
         self.mean_kl = kl if self.mean_kl is None else 0.95 * self.mean_kl + 0.05 * kl
-        load = torch.stack([block.load for block in blocks]).cpu()
+        load = torch.stack([block.load for block in blocks])
         self.loads = load if self.loads is None else 0.95 * self.loads + 0.05 * load
         self.trained_s += time.perf_counter() - began
 
     def refresh(self, new_grid: bool) -> None:
-        refresh(self.student, new_grid)
+        """As `refresh`; a card is told its thousands of small kernels once, not in every step."""
+        if new_grid or self.options.device.type != "cuda":
+            refresh(self.student, new_grid)
+            return
+        if self.replay is None:
+            self.replay = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.replay):
+                refresh(self.student, False)
+        self.replay.replay()
 
     def evaluate(self, rows: Tensor) -> float:
         self.student.eval()
@@ -245,8 +224,8 @@ class Trainer:
                 tensors[f"{part}.{name}"] = self.optimizer.state[parameter][part].cpu()
         tensors |= {f"grid.{n}": grid.cpu() for n, grid in self.grids.items()}
         if self.loads is not None:
-            tensors["loads"] = self.loads
-        facts = {"step": self.step, "trained_s": self.trained_s, "mean_kl": self.mean_kl}
+            tensors["loads"] = self.loads.cpu()
+        facts = {"step": self.step, "trained_s": self.trained_s, "mean_kl": self.kl}
         facts |= self.same()
         fresh = self.options.work / "checkpoint.partial"
         save_file(tensors, fresh, metadata={"facts": json.dumps(facts)})
@@ -271,7 +250,8 @@ class Trainer:
         self.step, self.trained_s, self.mean_kl = (
             facts[name] for name in ("step", "trained_s", "mean_kl")
         )
-        self.loads = tensors.get("loads")
+        loads = tensors.get("loads")
+        self.loads = None if loads is None else loads.to(self.options.device)
         for name, parameter in self.named.items():
             parameter.data.copy_(tensors[f"weight.{name}"])
             state = self.optimizer.state[parameter]
@@ -300,7 +280,7 @@ def run(trainer: Trainer, text: Tensor, chat: Tensor, rows: Tensor, seen: int = 
             rate /= time.perf_counter() - began
             left = (trainer.steps - trainer.step) * options.rows * SEQUENCE / rate
             note(
-                f"step {trainer.step} of {trainer.steps}: KL {trainer.mean_kl:.3f}, "
+                f"step {trainer.step} of {trainer.steps}: KL {trainer.kl:.3f}, "
                 f"load {trainer.loads.min():.2f} to {trainer.loads.max():.2f}, "
                 f"{rate:.0f} tokens/s, {left / 60:.0f} min left"
             )
@@ -315,7 +295,7 @@ def record(trainer: Trainer, rows: Tensor) -> None:
         "step": trainer.step,
         "tokens": trainer.step * trainer.options.rows * SEQUENCE,
         "trained_s": round(trainer.trained_s),
-        "kl": trainer.mean_kl,
+        "kl": trainer.kl,
         "perplexity": trainer.evaluate(rows),
         "load_min": None if trainer.loads is None else trainer.loads.min().item(),
         "load_max": None if trainer.loads is None else trainer.loads.max().item(),

@@ -40,12 +40,18 @@ def balance(gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def loudness(gate_up: Tensor) -> Tensor:
-    """Estimate how loud each neuron is against the middle one, [F] float32; 1 where unknown."""
-    gate, up = torch.linalg.vector_norm(gate_up, dim=1).chunk(2)
+    """Estimate how loud each neuron is against its expert's middle one; 1 where unknown.
+
+    Args:
+        gate_up: [..., 2F, D], the rows of gate, then those of up.
+    Returns:
+        [..., F] float32.
+    """
+    gate, up = torch.linalg.vector_norm(gate_up, dim=-1).chunk(2, -1)
     product = (gate * up).double().sqrt()
-    known = product[product.isfinite() & (product > 0)]
-    if len(known) == 0:
-        return torch.ones_like(gate)
-    relative = product / known.log().mean().exp()
+    is_known = product.isfinite() & (product > 0)
+    logs = torch.where(is_known, product, 1.0).log()
+    middle = (logs.sum(-1, keepdim=True) / is_known.sum(-1, keepdim=True)).exp()
+    relative = product / middle
     relative = torch.where(relative.isfinite() & (relative > 0), relative, 1.0)
     return relative.clamp(1 / SPREAD, SPREAD).float()

@@ -24,7 +24,8 @@ from torch import Tensor
 from fate_moe.errors import ModelError
 
 MAX_CODE = {4: 15, 8: 255}  # by bits
-_CHUNK = 1 << 18  # weights per step: the temporaries of one step stay in the CPU caches
+# Weights per step: a step's temporaries stay in the CPU caches; a card wants few large steps.
+_CHUNK = {"cpu": 1 << 18, "cuda": 1 << 25}
 _SHRINKS = (1.0, 0.92, 0.85)  # start ranges, as a share of min..max
 _REFITS = 3
 _MAX_SCALE = 65504.0  # the largest fp16 number
@@ -44,7 +45,7 @@ def quantize(
     """Quantize a matrix [N, K] to INT4 or INT8 with one fp16 scale and zero per `group` inputs.
 
     Args:
-        weight: float matrix [N, K]; K is a multiple of `group`.
+        weight: float matrix [N, K], on any device; K is a multiple of `group`.
         group: weights per scale.
         bits: 4 or 8.
         fitted: search for the least error; if not, plain min-max.
@@ -57,11 +58,12 @@ def quantize(
     rows, cols = weight.shape
     groups = cols // group
     flat = weight.reshape(rows * groups, group)
-    codes = torch.empty(flat.shape, dtype=torch.uint8)
-    scale = torch.empty(len(flat), dtype=torch.float16)
-    zero = torch.empty(len(flat), dtype=torch.float16)
-    step = max(1, _CHUNK // group)
-    buffers = torch.empty(3, min(step, len(flat)), group)
+    device = weight.device
+    codes = torch.empty(flat.shape, dtype=torch.uint8, device=device)
+    scale = torch.empty(len(flat), dtype=torch.float16, device=device)
+    zero = torch.empty(len(flat), dtype=torch.float16, device=device)
+    step = max(1, _CHUNK.get(device.type, _CHUNK["cpu"]) // group)
+    buffers = torch.empty(3, min(step, len(flat)), group, device=device)
     for start in range(0, len(flat), step):
         part = slice(start, start + step)
         chunk, first, second = buffers[:, : len(flat[part])]
@@ -93,7 +95,7 @@ class _Best:
         self._codes = codes
         self._spare = spare
         self._mean_weight = weight.mean(dim=1, keepdim=True)
-        self._error = torch.full((len(weight), 1), float("inf"))
+        self._error = weight.new_full((len(weight), 1), float("inf"))
         self._scale = torch.zeros_like(self._error)
         self._zero = torch.zeros_like(self._error)
 

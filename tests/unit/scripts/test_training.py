@@ -176,7 +176,7 @@ def test_load_and_balance_count_what_was_chosen(student: Any) -> None:
 
 
 def test_the_divergence_and_its_gradient_are_autograds() -> None:
-    from train_smolmoe import divergence
+    from smolmoe_loss import divergence
 
     torch.manual_seed(4)
     head = torch.randn(50, 16)
