@@ -1,6 +1,7 @@
 #include "attention.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <initializer_list>
 
@@ -27,7 +28,7 @@ const DecodeKernels& decode_kernels() {
 
 namespace {
 
-constexpr int kRowsAtOnce = 64;               // rows a core claims
+constexpr int kRowsAtOnce = 32;               // rows a core claims at least
 constexpr std::size_t kWorthSharing = 1 << 16;  // weights, or cached floats, from which cores share
 
 // Run pieces on all cores where the work is worth waking them.
@@ -77,14 +78,16 @@ void project(Pool& pool, DecodeMemory& memory, const float* x,
     starts[count + 1] = starts[count] + (place.rows + kRowsAtOnce - 1) / kRowsAtOnce;
     ++count;
   }
-  share(pool, weights, starts[count], [&](int piece, int) {
-    int which = 0;
-    while (piece >= starts[which + 1]) ++which;
-    const Product& product = *(products.begin() + which);
-    const int first = (piece - starts[which]) * kRowsAtOnce;
-    rows_of(product, codes[which], x, first,
-            std::min(first + kRowsAtOnce, product.matrix->place.rows));
-  });
+  const auto rows = [&](int from, int to, int) {
+    for (int which = 0; which < count; ++which) {
+      const Product& product = *(products.begin() + which);
+      const int first = std::max(from - starts[which], 0) * kRowsAtOnce;
+      const int last = std::min((to - starts[which]) * kRowsAtOnce, product.matrix->place.rows);
+      if (first < last) rows_of(product, codes[which], x, first, last);
+    }
+  };
+  if (weights < kWorthSharing) return rows(0, starts[count], 0);
+  pool.run_spans(starts[count], rows);
 }
 
 void norm_heads(const Norm& norm, float* x, int heads, int dim, bool whole) {
@@ -148,6 +151,12 @@ void DenseBlock::run(Pool& pool, DecodeMemory& memory, const float* x, float* ou
   project(pool, memory, x, {{&gate, gates}, {&up, ups}});
   active().activate(form, gates, ups, 1, width, inner);
   project(pool, memory, inner, {{&down, out}});
+  if (share != nullptr) {
+    float score = 0;
+    decode_kernels().gemv(share, x, gate.place.cols, 0, 1, &score);
+    const float factor = 1.0f / (1.0f + std::exp(-score));
+    for (int d = 0; d < down.place.rows; ++d) out[d] *= factor;
+  }
 }
 
 void RouterBlock::run(DecodeMemory& memory, const float* x, float* logits, float* weights,

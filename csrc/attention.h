@@ -66,10 +66,12 @@ struct AttentionBlock {
              const CachePlace& cache, float* out, float* normed) const;
 };
 
-// out = down(act(gate(x)) * up(x)), for one token.
+// out = share * down(act(gate(x)) * up(x)), for one token; share is the sigmoid of a dot product with
+// x, or 1.
 struct DenseBlock {
   Projection gate, up, down;
   Gate form;
+  const float* share;  // [D], or null
 
   void run(Pool& pool, DecodeMemory& memory, const float* x, float* out) const;
 };

@@ -154,13 +154,13 @@ void add_small(nb::module_& m) {
   nb::class_<fate::DenseBlock>(m, "DenseBlock")
       .def("__init__",
            [](fate::DenseBlock* self, const fate::Projection& gate, const fate::Projection& up,
-              const fate::Projection& down, const fate::Gate& form) {
+              const fate::Projection& down, const fate::Gate& form, Address share) {
              need(gate.place.rows == up.place.rows && gate.place.cols == up.place.cols &&
                       down.place.cols == up.place.rows,
                   "the matrices of a feed-forward do not fit");
-             new (self) fate::DenseBlock{gate, up, down, form};
+             new (self) fate::DenseBlock{gate, up, down, form, at<float>(share)};
            },
-           "gate"_a, "up"_a, "down"_a, "form"_a)
+           "gate"_a, "up"_a, "down"_a, "form"_a, "share"_a = 0)
       .def("run",
            [](const fate::DenseBlock& self, Address x, Address out) {
              Locked our;

@@ -6,7 +6,7 @@
 namespace fate {
 namespace {
 
-constexpr int kGemvRows = 64;     // rows a core claims at once for one token
+constexpr int kGemvRows = 32;     // rows a core claims at least for one token
 constexpr int kManyTokens = 16;   // from here on, sums over tokens are worth sharing out
 
 int pieces_of(int count, int size) { return (count + size - 1) / size; }
@@ -19,6 +19,19 @@ int gemm_rows(int rows, int threads) {
 }
 
 bool in_lanes(const Matrix& w) { return w.bits != 8; }
+
+// Share out the rows of `count` matrices of `rows` each, for one token: work(matrix, first, last).
+template <class Work> void each_matrix(Pool& pool, int count, int rows, const Work& work) {
+  const int pieces = pieces_of(rows, kGemvRows);
+  pool.run_spans(count * pieces, [&](int from, int to, int) {
+    for (int piece = from; piece < to;) {
+      const int matrix = piece / pieces, end = std::min(to, (matrix + 1) * pieces);
+      work(matrix, piece % pieces * kGemvRows,
+           std::min(rows, (end - matrix * pieces) * kGemvRows));
+      piece = end;
+    }
+  });
+}
 
 void gemm_piece(Pool& pool, int thread, const Matrix& w, const ActRow* x, int tokens, int first,
                 int last, float* y, std::size_t stride) {
@@ -53,8 +66,8 @@ void linear(Pool& pool, Buffer& memory, const Matrix& w, const float* bias, cons
     std::uint8_t* codes = memory.get(act_row_bytes(w.cols, w.group));
     active().quantize(x, w.cols, w.group, in_lanes(w), codes);
     const ActRow row = act_row_at(codes, w.cols, w.group);
-    pool.run(pieces_of(w.rows, kGemvRows), [&](int piece, int) {
-      const int first = piece * kGemvRows, last = std::min(w.rows, first + kGemvRows);
+    pool.run_spans(pieces_of(w.rows, kGemvRows), [&](int from, int to, int) {
+      const int first = from * kGemvRows, last = std::min(w.rows, to * kGemvRows);
       active().gemv(w, row, first, last, y + first);
       add_bias(y, first, last);
     });
@@ -143,13 +156,10 @@ void ExpertStep::run_one_token(Pool& pool, const std::vector<Arrived>& arrived) 
   const ActRow x = act_row_at(quantized_.get(act_row_bytes(shape_.up.cols, shape_.up.group)),
                               shape_.up.cols, shape_.up.group);
   float* h = between_.floats(static_cast<std::size_t>(count) * up_rows);
-  const int up_pieces = pieces_of(up_rows, kGemvRows);
-  pool.run(count * up_pieces, [&](int piece, int) {
-    const Arrived& expert = arrived[piece / up_pieces];
-    float* y = h + static_cast<std::size_t>(piece / up_pieces) * up_rows;
-    const int first = piece % up_pieces * kGemvRows, last = std::min(up_rows, first + kGemvRows);
-    active().gemv(shape_.up.at(expert.record, expert.head_only), x, first, last, y + first);
-    if (const float* add = bias(expert, shape_.up_bias))
+  each_matrix(pool, count, up_rows, [&](int e, int first, int last) {
+    float* y = h + static_cast<std::size_t>(e) * up_rows;
+    active().gemv(shape_.up.at(arrived[e].record, arrived[e].head_only), x, first, last, y + first);
+    if (const float* add = bias(arrived[e], shape_.up_bias))
       for (int r = first; r < last; ++r) y[r] += add[r];
   });
   const std::size_t bytes = (act_row_bytes(width, shape_.down.group) + 63) / 64 * 64;
@@ -161,10 +171,7 @@ void ExpertStep::run_one_token(Pool& pool, const std::vector<Arrived>& arrived) 
   });
   std::vector<Choice> chosen;
   for (const Arrived& expert : arrived) chosen.push_back(choices(expert.expert).front());
-  const int down_pieces = pieces_of(down_rows, kGemvRows);
-  pool.run(count * down_pieces, [&](int piece, int) {
-    const int e = piece / down_pieces;
-    const int first = piece % down_pieces * kGemvRows, last = std::min(down_rows, first + kGemvRows);
+  each_matrix(pool, count, down_rows, [&](int e, int first, int last) {
     float* y = part(chosen[e]);
     active().gemv(shape_.down.at(arrived[e].record, arrived[e].head_only),
                   act_row_at(codes + bytes * e, width, shape_.down.group), first, last, y + first);

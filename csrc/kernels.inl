@@ -60,8 +60,14 @@ template <class S> struct Core {
     std::memset(codes + begin, 0, padded * group - begin);
     for (int g = 0; g < groups; ++g) {
       const float* part = x + static_cast<std::size_t>(g) * group;
+      float most_of[16] = {};  // side by side: a compiler makes vectors of them
+      for (int i = 0; i < group; i += 16)
+        for (int j = 0; j < 16; ++j) {
+          const float size = std::fabs(part[i + j]);
+          most_of[j] = most_of[j] > size ? most_of[j] : size;
+        }
       float most = 0;
-      for (int i = 0; i < group; ++i) most = most > std::fabs(part[i]) ? most : std::fabs(part[i]);
+      for (int j = 0; j < 16; ++j) most = most > most_of[j] ? most : most_of[j];
       const float step = most / 127.0f, inverse = most > 0 ? 127.0f / most : 0.0f;
       std::int8_t rounded[64];
       int total = 0;
@@ -162,6 +168,7 @@ template <class S> struct Core {
     for (int i = 0; i < blocks; ++i) lanes[i] = S::index(table.group[i]);
     const int groups = w.groups(), whole = groups / kLanes * kLanes, rest = groups - whole;
     const int rest_blocks = (rest * group_bytes + kBytes - 1) / kBytes;
+    const std::size_t all = static_cast<std::size_t>(w.rows) * groups;
     for (int r = first; r < last; ++r) {
       const std::size_t at = static_cast<std::size_t>(r) * groups;
       const std::uint16_t *scale = w.scale + at, *zero = w.zero + at;
@@ -172,7 +179,12 @@ template <class S> struct Core {
         superblock<BITS, G>(high + g * group_bytes, BITS == 4 ? low + g * group_bytes : nullptr,
                             S::f_half(scale + g), S::f_half(zero + g), x, g, blocks, lanes,
                             products, offsets);
-      if (rest > 0) {
+      if (rest > 0 && at + whole + kLanes <= all) {  // what follows meets activations of zero
+        superblock<BITS, G>(high + whole * group_bytes,
+                            BITS == 4 ? low + whole * group_bytes : nullptr,
+                            S::f_half(scale + whole), S::f_half(zero + whole), x, whole,
+                            rest_blocks, lanes, products, offsets);
+      } else if (rest > 0) {  // not to read past the record's end
         alignas(64) std::uint16_t meta[2][kLanes] = {};
         alignas(64) std::uint8_t planes[2][blocks * kBytes] = {};
         std::memcpy(meta[0], scale + whole, 2 * rest);

@@ -1,5 +1,6 @@
 #include "pool.h"
 
+#include <algorithm>
 #include <chrono>
 
 #if defined(__x86_64__) || defined(_M_X64)
@@ -45,14 +46,16 @@ std::uint8_t* Pool::scratch(int thread, std::size_t bytes) {
   return scratch_[thread].get() + (64 - address % 64) % 64;
 }
 
-void Pool::run_pieces(int pieces, Call call, const void* work) {
+void Pool::run_pieces(int pieces, bool in_spans, Call call, const void* work) {
   if (pieces <= 1 || workers_.empty()) {
-    for (int piece = 0; piece < pieces; ++piece) call(work, piece, 0);
+    const int size = in_spans ? pieces : 1;
+    for (int piece = 0; piece < pieces; piece += size) call(work, piece, piece + size, 0);
     return;
   }
   call_ = call;
   work_ = work;
   pieces_ = pieces;
+  in_spans_ = in_spans;
   next_ = 0;
   job_ = ++jobs_;
   if (asleep_ > 0) {
@@ -65,7 +68,13 @@ void Pool::run_pieces(int pieces, Call call, const void* work) {
 }
 
 void Pool::claim(int thread) {
-  for (int piece = next_++; piece < pieces_; piece = next_++) call_(work_, piece, thread);
+  int first = next_;
+  while (first < pieces_) {
+    const int size = in_spans_ ? std::max(1, (pieces_ - first) / (2 * threads())) : 1;
+    if (!next_.compare_exchange_weak(first, first + size)) continue;
+    call_(work_, first, first + size, thread);
+    first = next_;
+  }
 }
 
 void Pool::serve(int thread) {

@@ -27,8 +27,17 @@ class Pool {
   // Call work(piece, thread) for every piece in [0, pieces); returns when all are done. `thread` is
   // in [0, threads()) and not shared while a piece runs. One caller at a time.
   template <class Work> void run(int pieces, const Work& work) {
-    run_pieces(pieces, [](const void* self, int piece, int thread) {
+    run_pieces(pieces, false, [](const void* self, int piece, int, int thread) {
       (*static_cast<const Work*>(self))(piece, thread);
+    }, &work);
+  }
+
+  // Call work(first, last, thread) for spans of neighbouring pieces that together are [0, pieces):
+  // long ones first, for memory is read fastest on and on, and short ones last, so that all end
+  // together.
+  template <class Work> void run_spans(int pieces, const Work& work) {
+    run_pieces(pieces, true, [](const void* self, int first, int last, int thread) {
+      (*static_cast<const Work*>(self))(first, last, thread);
     }, &work);
   }
 
@@ -36,9 +45,9 @@ class Pool {
   std::uint8_t* scratch(int thread, std::size_t bytes);
 
  private:
-  using Call = void (*)(const void* work, int piece, int thread);
+  using Call = void (*)(const void* work, int first, int last, int thread);
 
-  void run_pieces(int pieces, Call call, const void* work);
+  void run_pieces(int pieces, bool in_spans, Call call, const void* work);
   void claim(int thread);
   void serve(int thread);
   bool wait_for_job(std::uint64_t last);
@@ -51,6 +60,7 @@ class Pool {
   std::atomic<bool> stop_{false};
   std::uint64_t jobs_ = 0;
   int pieces_ = 0;
+  bool in_spans_ = false;
   Call call_ = nullptr;
   const void* work_ = nullptr;
 

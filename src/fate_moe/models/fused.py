@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fate_moe.models.fused_attention import FusedAttention, fuse_attention
+from fate_moe.models.fused_block import fuse_block
 from fate_moe.models.fused_layer import fuse_layer, layers_of
 from fate_moe.models.fused_parts import fuse_part
 from fate_moe.models.fused_step import Positions
@@ -30,7 +31,7 @@ def fuse(model: nn.Module, tokens: int) -> dict[str, int]:
         model: of transformers, loaded.
         tokens: prompt and answer together, at most; caches make room for no more at once.
     Returns:
-        How many of each kind: layer, attention, norm, router, dense.
+        How many of each kind: layer, attention, block, norm, router, dense.
     """
     counts: Counter[str] = Counter()
     positions = Positions()
@@ -49,6 +50,11 @@ def fuse(model: nn.Module, tokens: int) -> dict[str, int]:
             counts["layer"] += 1
     experts = set(find_experts(model).values())
     for module in model.modules():
+        block = fuse_block(module) if experts & set(module._modules.values()) else None
+        if block is not None:
+            module.forward = block.forward
+            counts["block"] += 1
+            continue
         part = None if module in experts else fuse_part(module)
         if part is not None:
             module.forward = part[1].forward
@@ -65,10 +71,11 @@ def _rotaries(model: nn.Module) -> list[int]:
 
 def unfuse(model: nn.Module) -> None:
     """Give every module its own forward back."""
+    from fate_moe.models.fused_block import FusedBlock
     from fate_moe.models.fused_layer import FusedLayer
     from fate_moe.models.fused_parts import FusedDense, FusedNorm, FusedRouter
 
-    kinds = FusedAttention, FusedLayer, FusedDense, FusedNorm, FusedRouter
+    kinds = FusedAttention, FusedBlock, FusedLayer, FusedDense, FusedNorm, FusedRouter
     for module in model.modules():
         forward = module.__dict__.get("forward")
         if isinstance(getattr(forward, "__self__", None), kinds):

@@ -93,8 +93,12 @@ class FusedRouter:
 class FusedDense:
     """The one-token forward of a gated feed-forward, such as a shared expert."""
 
-    def __init__(self, module: Any) -> None:
-        """Bind a feed-forward, or raise KeyError, TypeError or ValueError: it is none."""
+    def __init__(self, module: Any, share: Tensor | None = None) -> None:
+        """Bind a feed-forward, or raise KeyError, TypeError or ValueError: it is none.
+
+        Args:
+            share: weights [D] whose product with x, through a sigmoid, the result is scaled by.
+        """
         if set(module._modules) - {*_PROJECTIONS, "act_fn"}:
             raise TypeError("it has more than three matrices")
         self.module = module
@@ -107,21 +111,31 @@ class FusedDense:
             raise TypeError("its activation is of another kind")
         act = getattr(native.Act, form.act)
         gate = native.Gate(act, form.alpha, form.limit, form.offset, form.limit_after)
-        self._block = native.DenseBlock(*(one.projection for one in matrices), gate)
+        self._share = share
+        address = 0 if share is None else share.data_ptr()
+        self._block = native.DenseBlock(*(one.projection for one in matrices), gate, address)
         self.tolerance = max(one.tolerance for one in matrices)
         self.own = module.forward
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Compute one token natively, others as ever."""
-        modules = self.module._modules
-        for name, one in zip(_PROJECTIONS, self.projections, strict=True):
-            if modules[name] is not one or one._forward_hooks:
-                return self.own(hidden_states, *args, **kwargs)
-        if args or kwargs or not is_one_token(hidden_states, self.width):
+        if args or kwargs or not is_one_token(hidden_states, self.width) or self.is_watched():
             return self.own(hidden_states, *args, **kwargs)
         out = torch.empty_like(hidden_states)
-        self._block.run(hidden_states.data_ptr(), out.data_ptr())
+        self.run(hidden_states, out)
         return out
+
+    def run(self, x: Tensor, out: Tensor) -> None:
+        """Compute one token x [.., D] that the native core can read into `out`, the same."""
+        self._block.run(x.data_ptr(), out.data_ptr())
+
+    def is_watched(self) -> bool:
+        """Say whether somebody hooked a matrix or put another in its place."""
+        modules = self.module._modules
+        return any(
+            modules[name] is not one or one._forward_hooks
+            for name, one in zip(_PROJECTIONS, self.projections, strict=True)
+        )
 
 
 @torch.no_grad()

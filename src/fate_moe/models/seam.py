@@ -28,7 +28,8 @@ from fate_moe.quant.balance import BALANCED
 
 _swapping = threading.Lock()  # the class tables of transformers belong to the whole process
 
-Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
+Forward = Callable[..., Tensor]
+"""(tokens, topk_ids, topk_weights) -> their experts' sum; `beside` as in `MoELayer.forward`."""
 
 UNDECORATED = ("Step3p7Experts",)
 """Experts classes with the interface's contract that transformers has not put on it."""
@@ -101,10 +102,16 @@ def _without_parameters(original: type[nn.Module]) -> type[nn.Module]:
             self._is_hf_initialized = True
             self.attached: Forward | None = None
 
-        def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Any:
+        def forward(
+            self,
+            hidden_states: Tensor,
+            top_k_index: Tensor,
+            top_k_weights: Tensor,
+            **beside: Callable[[], None],
+        ) -> Any:
             if self.attached is None:
                 raise ModelError("the experts of this model are not attached to an engine")
-            return self.attached(hidden_states, top_k_index, top_k_weights)
+            return self.attached(hidden_states, top_k_index, top_k_weights, **beside)
 
     def _nothing() -> Tensor:
         empty = torch.empty(0)

@@ -13,9 +13,11 @@ from fate_moe import native
 from fate_moe.models.cache_growing import GrowingLayer, GrowingSlidingLayer
 from fate_moe.models.fused import fuse, unfuse
 from fate_moe.models.fused_attention import fuse_attention
+from fate_moe.models.fused_block import fuse_block
 from fate_moe.models.fused_layer import fuse_layer
 from fate_moe.models.fused_parts import fuse_part
 from fate_moe.models.fused_step import Positions
+from fate_moe.models.seam import experts_left_out, find_experts
 from tests.families.tiny_config import tiny_config
 from tests.unit.models.test_quantized import make_linear
 
@@ -117,6 +119,62 @@ def test_fused_logits_are_the_familys_own(family: str, kinds: set[str]) -> None:
     assert 0 < apart < BOUND
     with torch.no_grad():
         assert own_way(model, one_more(model)) == 0
+
+
+def offloaded(family: str) -> tuple[Any, list[bool]]:
+    """Make a model whose experts are a formula; and whether each was handed something beside."""
+    skeleton = make_model(family)
+    with experts_left_out(skeleton):
+        model = make_model(family)
+    given = []
+
+    def experts(x: Tensor, ids: Tensor, weights: Tensor, beside: Any = None) -> Tensor:
+        given.append(beside is not None)
+        if beside is not None:
+            beside()
+        return (x.flip(1) + ids.float().mean(1, keepdim=True)) * weights.sum(1, keepdim=True)
+
+    for module in find_experts(model).values():
+        module.attached = experts  # type: ignore[assignment]
+    return model, given
+
+
+@pytest.mark.parametrize(
+    ("family", "beside"), [("qwen2_moe", True), ("qwen3_moe", False), ("olmoe", False)]
+)
+def test_blocks_whose_experts_are_elsewhere_are_fused(family: str, beside: bool) -> None:
+    model, given = offloaded(family)
+    want = decode(model, tokens(5))
+    assert fuse(model, 512)["block"] == LAYERS
+    given.clear()
+    apart = furthest(decode(model, tokens(5)), want)
+    assert apart < BOUND
+    assert given == LAYERS * [False] + NEW * LAYERS * [beside]  # the prompt goes the family's way
+    unfuse(model)
+    assert furthest(decode(model, tokens(5)), want) == 0
+
+
+def test_a_block_that_is_watched_goes_the_familys_way() -> None:
+    model, given = offloaded("qwen2_moe")
+    fuse(model, 512)
+    block = model.model.layers[0].mlp
+    seen = []
+    block.shared_expert.register_forward_hook(lambda *_: seen.append(1))
+    act = one_more(model)
+    seen.clear(), given.clear()
+    with torch.no_grad():
+        act()
+    assert seen == [1]
+    assert given == [False] + (LAYERS - 1) * [True]
+
+
+def test_a_block_of_another_formula_is_left_alone() -> None:
+    model, _ = offloaded("qwen2_moe")
+    block = model.model.layers[0].mlp
+    assert fuse_block(block) is not None
+    own = block.forward
+    block.forward = lambda x: 1.01 * own(x)
+    assert fuse_block(block) is None
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3", "llama4_text"])
