@@ -28,66 +28,17 @@ const DecodeKernels& decode_kernels() {
 
 namespace {
 
-constexpr int kRowsAtOnce = 32;               // rows a core claims at least
-constexpr std::size_t kWorthSharing = 1 << 16;  // weights, or cached floats, from which cores share
-
 // Run pieces on all cores where the work is worth waking them.
 template <class Work> void share(Pool& pool, std::size_t size, int pieces, const Work& work) {
-  if (size >= kWorthSharing) return pool.run(pieces, work);
+  if (size >= Products::kWorthSharing) return pool.run(pieces, work);
   for (int piece = 0; piece < pieces; ++piece) work(piece, 0);
 }
 
-struct Product {
-  const Projection* matrix;
-  float* y;
-};
-
-void rows_of(const Product& product, const ActRow& codes, const float* x, int first, int last) {
-  const Projection& w = *product.matrix;
-  if (w.record != nullptr) {
-    active().gemv(w.place.at(w.record), codes, first, last, product.y + first);
-  } else {
-    decode_kernels().gemv(w.weight, x, w.place.cols, first, last, product.y + first);
-  }
-  if (w.bias != nullptr)
-    for (int r = first; r < last; ++r) product.y[r] += w.bias[r];
-}
-
-// Several products with the same x, as one piece of work.
+// Products with the same x, one after the other done with.
 void project(Pool& pool, DecodeMemory& memory, const float* x,
              std::initializer_list<Product> products) {
-  ActRow codes[3] = {};
-  int starts[4] = {0, 0, 0, 0};
-  std::size_t weights = 0;
-  int count = 0;
-  for (const Product& product : products) {
-    const Projection& w = *product.matrix;
-    const MatrixPlace& place = w.place;
-    const auto* last = count ? (products.begin() + count - 1)->matrix : nullptr;
-    if (w.record != nullptr) {
-      if (last != nullptr && last->record != nullptr && last->place.group == place.group &&
-          (last->place.bits == 8) == (place.bits == 8)) {
-        codes[count] = codes[count - 1];
-      } else {
-        std::uint8_t* bytes = memory.codes[count].get(act_row_bytes(place.cols, place.group));
-        active().quantize(x, place.cols, place.group, place.bits != 8, bytes);
-        codes[count] = act_row_at(bytes, place.cols, place.group);
-      }
-    }
-    weights += static_cast<std::size_t>(place.rows) * place.cols;
-    starts[count + 1] = starts[count] + (place.rows + kRowsAtOnce - 1) / kRowsAtOnce;
-    ++count;
-  }
-  const auto rows = [&](int from, int to, int) {
-    for (int which = 0; which < count; ++which) {
-      const Product& product = *(products.begin() + which);
-      const int first = std::max(from - starts[which], 0) * kRowsAtOnce;
-      const int last = std::min((to - starts[which]) * kRowsAtOnce, product.matrix->place.rows);
-      if (first < last) rows_of(product, codes[which], x, first, last);
-    }
-  };
-  if (weights < kWorthSharing) return rows(0, starts[count], 0);
-  pool.run_spans(starts[count], rows);
+  memory.products.prepare(x, products);
+  memory.products.run(pool);
 }
 
 void norm_heads(const Norm& norm, float* x, int heads, int dim, bool whole) {
@@ -143,20 +94,25 @@ void AttentionBlock::layer(Pool& pool, DecodeMemory& memory, const float* x, con
   decode_kernels().rms_norm(out, after.weight, width, after.eps, normed);
 }
 
-void DenseBlock::run(Pool& pool, DecodeMemory& memory, const float* x, float* out) const {
-  const int width = gate.place.rows;
-  float* const gates = memory.q.floats(width);
-  float* const ups = memory.k.floats(width);
+void DenseBlock::start(Pool& pool, const float* x) {
+  const int width = gate_.place.rows;
+  x_ = x;
+  inward_.prepare(x, {{&gate_, gates_.floats(width)}, {&up_, ups_.floats(width)}});
+  if (inward_.is_worth_sharing()) return pool.post_spans(inward_.pieces(), inward_);
+  inward_(0, inward_.pieces(), 0);
+}
+
+void DenseBlock::finish(Pool& pool, DecodeMemory& memory, float* out) {
+  pool.join();
+  const int width = gate_.place.rows;
   float* const inner = memory.between.floats(width);
-  project(pool, memory, x, {{&gate, gates}, {&up, ups}});
-  active().activate(form, gates, ups, 1, width, inner);
-  project(pool, memory, inner, {{&down, out}});
-  if (share != nullptr) {
-    float score = 0;
-    decode_kernels().gemv(share, x, gate.place.cols, 0, 1, &score);
-    const float factor = 1.0f / (1.0f + std::exp(-score));
-    for (int d = 0; d < down.place.rows; ++d) out[d] *= factor;
-  }
+  active().activate(form_, gates_.floats(width), ups_.floats(width), 1, width, inner);
+  project(pool, memory, inner, {{&down_, out}});
+  if (share_ == nullptr) return;
+  float score = 0;
+  decode_kernels().gemv(share_, x_, gate_.place.cols, 0, 1, &score);
+  const float factor = 1.0f / (1.0f + std::exp(-score));
+  for (int d = 0; d < down_.place.rows; ++d) out[d] *= factor;
 }
 
 void RouterBlock::run(DecodeMemory& memory, const float* x, float* logits, float* weights,

@@ -8,17 +8,9 @@
 #include <cstdint>
 
 #include "decode.h"
-#include "feedforward.h"
+#include "projection.h"
 
 namespace fate {
-
-// y = W x + bias for one token; W is a record, or floats [rows, cols] where `record` is null.
-struct Projection {
-  MatrixPlace place;
-  const std::uint8_t* record;
-  const float* weight;
-  const float* bias;  // may be null
-};
 
 struct Norm {
   const float* weight;  // null: no norm
@@ -44,7 +36,8 @@ struct CachePlace {
 
 // Memory between the parts of a step; grows and is kept.
 struct DecodeMemory {
-  Buffer codes[4], q, k, v, between, scores, out;
+  Products products;
+  Buffer q, k, v, between, scores, out;
 };
 
 // Norm, turn and append k [kv_heads, dim] and v, then attend with q [heads, dim] into
@@ -68,12 +61,25 @@ struct AttentionBlock {
 
 // out = share * down(act(gate(x)) * up(x)), for one token; share is the sigmoid of a dot product with
 // x, or 1.
-struct DenseBlock {
-  Projection gate, up, down;
-  Gate form;
-  const float* share;  // [D], or null
+class DenseBlock {
+ public:
+  DenseBlock(const Projection& gate, const Projection& up, const Projection& down, const Gate& form,
+             const float* share)
+      : gate_(gate), up_(up), down_(down), form_(form), share_(share) {}
 
-  void run(Pool& pool, DecodeMemory& memory, const float* x, float* out) const;
+  // Let other cores begin with x, which must stay until `finish`, while the caller does something else.
+  void start(Pool& pool, const float* x);
+  void finish(Pool& pool, DecodeMemory& memory, float* out);
+
+ private:
+  Projection gate_, up_, down_;
+  Gate form_;
+  const float* share_;  // [D], or null
+
+  // Its own, not all calls': they are in use between `start` and `finish`.
+  const float* x_ = nullptr;
+  Products inward_;
+  Buffer gates_, ups_;
 };
 
 // A softmax over all experts' logits, of which the k largest are taken, largest first.

@@ -29,6 +29,7 @@ using fate::shared;
 void set_threads(int threads) {
   if (threads < 1 || threads > 1024) throw std::invalid_argument("threads: need 1 to 1024");
   std::lock_guard<std::mutex> hold(shared().busy);
+  shared().pool->join();
   if (shared().pool->threads() != threads) shared().pool.reset(new fate::Pool(threads));
 }
 

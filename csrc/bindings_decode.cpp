@@ -158,15 +158,21 @@ void add_small(nb::module_& m) {
              need(gate.place.rows == up.place.rows && gate.place.cols == up.place.cols &&
                       down.place.cols == up.place.rows,
                   "the matrices of a feed-forward do not fit");
-             new (self) fate::DenseBlock{gate, up, down, form, at<float>(share)};
+             new (self) fate::DenseBlock(gate, up, down, form, at<float>(share));
            },
            "gate"_a, "up"_a, "down"_a, "form"_a, "share"_a = 0)
-      .def("run",
-           [](const fate::DenseBlock& self, Address x, Address out) {
+      .def("start",
+           [](fate::DenseBlock& self, Address x) {
              Locked our;
-             self.run(our.pool, our.memory, at<float>(x), at<float>(out));
+             self.start(our.pool, at<float>(x));
            },
-           "x"_a, "out"_a, nb::call_guard<nb::gil_scoped_release>());
+           "x"_a)
+      .def("finish",
+           [](fate::DenseBlock& self, Address out) {
+             Locked our;
+             self.finish(our.pool, our.memory, at<float>(out));
+           },
+           "out"_a, nb::call_guard<nb::gil_scoped_release>());
 }
 
 }  // namespace

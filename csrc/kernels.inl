@@ -69,17 +69,19 @@ template <class S> struct Core {
       float most = 0;
       for (int j = 0; j < 16; ++j) most = most > most_of[j] ? most : most_of[j];
       const float step = most / 127.0f, inverse = most > 0 ? 127.0f / most : 0.0f;
+      // Adding 1.5 * 2^23 rounds to the nearest even integer, which is then the low bits of the sum.
+      float shifted[64];
+      std::uint32_t bits[64];
       std::int8_t rounded[64];
-      int total = 0;
+      for (int i = 0; i < group; ++i) shifted[i] = part[i] * inverse + 12582912.0f;
+      std::memcpy(bits, shifted, 4 * group);
+      std::uint32_t total = 0;
       for (int i = 0; i < group; ++i) {
-        // Adding and taking away 1.5 * 2^23 rounds to the nearest even integer.
-        const float shifted = part[i] * inverse + 12582912.0f;
-        const int code = static_cast<int>(shifted - 12582912.0f);
-        rounded[i] = static_cast<std::int8_t>(code);
-        total += code;
+        rounded[i] = static_cast<std::int8_t>(bits[i]);
+        total += bits[i] - 0x4b400000u;
       }
       scale[g] = step;
-      sum[g] = static_cast<float>(total);
+      sum[g] = static_cast<float>(static_cast<std::int32_t>(total));
       if (!lanes) {
         std::memcpy(codes + static_cast<std::size_t>(g) * group, rounded, group);
       } else {

@@ -52,19 +52,31 @@ void Pool::run_pieces(int pieces, bool in_spans, Call call, const void* work) {
     for (int piece = 0; piece < pieces; piece += size) call(work, piece, piece + size, 0);
     return;
   }
+  post(pieces, in_spans, call, work);
+  join();
+}
+
+void Pool::post(int pieces, bool in_spans, Call call, const void* work) {
+  join();
   call_ = call;
   work_ = work;
   pieces_ = pieces;
   in_spans_ = in_spans;
   next_ = 0;
+  is_posted_ = true;
   job_ = ++jobs_;
   if (asleep_ > 0) {
     { std::lock_guard<std::mutex> hold(mutex_); }
     wake_.notify_all();
   }
+}
+
+void Pool::join() {
+  if (!is_posted_) return;
   claim(0);
   job_ = 0;  // whoever has not joined yet stays out
   while (inside_ > 0) breathe();
+  is_posted_ = false;
 }
 
 void Pool::claim(int thread) {

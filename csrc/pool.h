@@ -41,6 +41,15 @@ class Pool {
     }, &work);
   }
 
+  // As run_spans, but the caller does something else until `join`; meanwhile the other cores begin.
+  // `work` must stay until then. Whatever else is run first ends what was posted.
+  template <class Work> void post_spans(int pieces, const Work& work) {
+    post(pieces, true, [](const void* self, int first, int last, int thread) {
+      (*static_cast<const Work*>(self))(first, last, thread);
+    }, &work);
+  }
+  void join();
+
   // Memory of one thread for the length of a piece, 64-byte aligned, at least `bytes`.
   std::uint8_t* scratch(int thread, std::size_t bytes);
 
@@ -48,6 +57,7 @@ class Pool {
   using Call = void (*)(const void* work, int first, int last, int thread);
 
   void run_pieces(int pieces, bool in_spans, Call call, const void* work);
+  void post(int pieces, bool in_spans, Call call, const void* work);
   void claim(int thread);
   void serve(int thread);
   bool wait_for_job(std::uint64_t last);
@@ -61,6 +71,7 @@ class Pool {
   std::uint64_t jobs_ = 0;
   int pieces_ = 0;
   bool in_spans_ = false;
+  bool is_posted_ = false;
   Call call_ = nullptr;
   const void* work_ = nullptr;
 

@@ -7,7 +7,6 @@ are, beside the block's own forward.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -49,14 +48,20 @@ class FusedBlock:
         if args or kwargs or not is_one_token(hidden_states, self.width) or self._is_watched():
             return self.own(hidden_states, *args, **kwargs)
         x = hidden_states.view(1, self.width)
-        _, weights, ids = self.router(x)
         if self._shared is None:
-            out = self.experts.forward(x, ids, weights)
-        else:
-            extra = torch.empty_like(x)
-            beside = partial(self._shared.run, x, extra)
-            out = self.experts.forward(x, ids, weights, beside=beside).add_(extra)
-        return out.view(hidden_states.shape)
+            _, weights, ids = self.router(x)
+            return self.experts.forward(x, ids, weights).view(hidden_states.shape)
+        self._shared.start(x)
+        extra: list[Tensor] = []
+        try:
+            _, weights, ids = self.router(x)
+            out = self.experts.forward(
+                x, ids, weights, beside=lambda: extra.append(self._shared.finish())
+            )
+        finally:
+            if not extra:
+                self._shared.finish()  # other cores may still compute with x
+        return out.add_(extra[0]).view(hidden_states.shape)
 
     @property
     def tolerance(self) -> float:

@@ -112,6 +112,7 @@ class FusedDense:
         act = getattr(native.Act, form.act)
         gate = native.Gate(act, form.alpha, form.limit, form.offset, form.limit_after)
         self._share = share
+        self._x = torch.empty(0)  # held for the cores that compute with it
         address = 0 if share is None else share.data_ptr()
         self._block = native.DenseBlock(*(one.projection for one in matrices), gate, address)
         self.tolerance = max(one.tolerance for one in matrices)
@@ -121,13 +122,19 @@ class FusedDense:
         """Compute one token natively, others as ever."""
         if args or kwargs or not is_one_token(hidden_states, self.width) or self.is_watched():
             return self.own(hidden_states, *args, **kwargs)
-        out = torch.empty_like(hidden_states)
-        self.run(hidden_states, out)
-        return out
+        self.start(hidden_states)
+        return self.finish()
 
-    def run(self, x: Tensor, out: Tensor) -> None:
-        """Compute one token x [.., D] that the native core can read into `out`, the same."""
-        self._block.run(x.data_ptr(), out.data_ptr())
+    def start(self, x: Tensor) -> None:
+        """Let other cores begin with one token x [.., D] that the native core can read."""
+        self._x = x
+        self._block.start(x.data_ptr())
+
+    def finish(self) -> Tensor:
+        """Return what was started, [.., D]."""
+        out = torch.empty_like(self._x)
+        self._block.finish(out.data_ptr())
+        return out
 
     def is_watched(self) -> bool:
         """Say whether somebody hooked a matrix or put another in its place."""
