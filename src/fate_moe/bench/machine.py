@@ -7,7 +7,6 @@ other work.
 
 from __future__ import annotations
 
-import mmap
 import os
 import platform
 import random
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 
 from fate_moe.bench.readahead import disk_of, read_kib
 from fate_moe.errors import ConfigError
+from fate_moe.memory.arena import HUGE_PAGE, Arena
 from fate_moe.types import Progress, no_progress
 
 MEMORY_BUFFER_BYTES = 1 << 30
@@ -178,14 +178,16 @@ def disk_rates(path: Path, seconds: float = _DISK_SECONDS) -> dict[str, float]:
 
 
 def _disk_rate(descriptor: int, size: int, block: int, depth: int, seconds: float) -> float:
+    # Into the engine's own kind of memory: into small pages a virtual disk reads at half the speed.
+    arena = Arena(depth, max(block, HUGE_PAGE))
     end_s = time.perf_counter() + seconds
 
-    def read(seed: int) -> int:
-        places, done = random.Random(seed), 0
-        with mmap.mmap(-1, block) as buffer:
-            while time.perf_counter() < end_s:
-                place = places.randrange((size - block) // _PAGE + 1) * _PAGE
-                done += os.preadv(descriptor, [buffer], place)
+    def read(slot: int) -> int:
+        places, done = random.Random(slot), 0
+        buffer = arena.view(slot)[:block]
+        while time.perf_counter() < end_s:
+            place = places.randrange((size - block) // _PAGE + 1) * _PAGE
+            done += os.preadv(descriptor, [buffer], place)
         return done
 
     began_s = time.perf_counter()
