@@ -19,7 +19,8 @@ sanitize: $(VENV)/dev.done
 	$(BIN)/cmake -S . -B build/sanitize -DFATE_TESTS=ON -DFATE_SANITIZE=address,undefined \
 	  -DCMAKE_BUILD_TYPE=None -G "Unix Makefiles" > build/sanitize.log
 	$(BIN)/cmake --build build/sanitize -j2 >> build/sanitize.log
-	build/sanitize/fate_tests
+	build/sanitize/fate_kernels_tests
+	build/sanitize/fate_decode_tests
 	build/sanitize/fate_io_tests
 
 lint: $(VENV)/dev.done

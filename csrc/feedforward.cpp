@@ -11,13 +11,6 @@ constexpr int kManyTokens = 16;   // from here on, sums over tokens are worth sh
 
 int pieces_of(int count, int size) { return (count + size - 1) / size; }
 
-// Rows a core claims at once for many tokens: whole tiles, enough of them to share out evenly.
-int gemm_rows(int rows, int threads) {
-  const int tile = active().row_tile;
-  const int even = pieces_of(rows, 4 * threads);
-  return std::clamp(pieces_of(even, tile) * tile, tile, 16 * tile);
-}
-
 bool in_lanes(const Matrix& w) { return w.bits != 8; }
 
 // Share out the rows of `count` matrices of `rows` each, for one token: work(matrix, first, last).
@@ -33,10 +26,17 @@ template <class Work> void each_matrix(Pool& pool, int count, int rows, const Wo
   });
 }
 
-void gemm_piece(Pool& pool, int thread, const Matrix& w, const ActRow* x, int tokens, int first,
-                int last, float* y, std::size_t stride) {
-  std::uint8_t* scratch = pool.scratch(thread, active().gemm_scratch_bytes(w.cols, w.group));
-  active().gemm(w, x, tokens, first, last, y, stride, scratch);
+// Share out the rows of a matrix for many tokens, tile by tile; `after` gets the rows that are done.
+template <class After>
+void each_tile(Pool& pool, const Matrix& w, const ActRow* x, int tokens, float* y,
+               std::size_t stride, const After& after) {
+  const int tile = active().row_tile;
+  pool.run_spans(pieces_of(w.rows, tile), [&](int from, int to, int thread) {
+    const int first = from * tile, last = std::min(w.rows, to * tile);
+    std::uint8_t* scratch = pool.scratch(thread, active().gemm_scratch_bytes(w.cols, w.group));
+    active().gemm(w, x, tokens, first, last, y, stride, scratch);
+    after(first, last);
+  });
 }
 
 // Quantize tokens in natural order for `gemm`; returns where they lie.
@@ -74,10 +74,7 @@ void linear(Pool& pool, Buffer& memory, const Matrix& w, const float* bias, cons
     return;
   }
   const std::vector<ActRow> rows = quantize_all(pool, memory, x, tokens, w.cols, w.group);
-  const int size = gemm_rows(w.rows, pool.threads());
-  pool.run(pieces_of(w.rows, size), [&](int piece, int thread) {
-    const int first = piece * size, last = std::min(w.rows, first + size);
-    gemm_piece(pool, thread, w, rows.data(), tokens, first, last, y, w.rows);
+  each_tile(pool, w, rows.data(), tokens, y, w.rows, [&](int first, int last) {
     for (int t = 0; t < tokens; ++t) add_bias(y + static_cast<std::size_t>(t) * w.rows, first, last);
   });
 }
@@ -193,11 +190,8 @@ void ExpertStep::run_many_tokens(Pool& pool, const Arrived& expert) {
 
   const Matrix up = shape_.up.at(expert.record, expert.head_only);
   float* h = between_.floats(count * up_rows);
-  const int up_size = gemm_rows(up.rows, pool.threads());
   const float* up_bias = bias(expert, shape_.up_bias);
-  pool.run(pieces_of(up.rows, up_size), [&](int piece, int thread) {
-    const int first = piece * up_size, last = std::min(up.rows, first + up_size);
-    gemm_piece(pool, thread, up, x.data(), count, first, last, h, up_rows);
+  each_tile(pool, up, x.data(), count, h, up_rows, [&](int first, int last) {
     if (up_bias != nullptr)
       for (int i = 0; i < count; ++i)
         for (int r = first; r < last; ++r) h[i * up_rows + r] += up_bias[r];
@@ -219,10 +213,7 @@ void ExpertStep::run_many_tokens(Pool& pool, const Arrived& expert) {
   const Matrix down = shape_.down.at(expert.record, expert.head_only);
   float* y = results_.floats(count * down_rows);
   const float* down_bias = bias(expert, shape_.down_bias);
-  const int down_size = gemm_rows(down.rows, pool.threads());
-  pool.run(pieces_of(down.rows, down_size), [&](int piece, int thread) {
-    const int first = piece * down_size, last = std::min(down.rows, first + down_size);
-    gemm_piece(pool, thread, down, between.data(), count, first, last, y, down_rows);
+  each_tile(pool, down, between.data(), count, y, down_rows, [&](int first, int last) {
     for (int i = 0; i < count; ++i) {
       const float* from = y + i * down_rows;
       float* to = part(chosen[i]);

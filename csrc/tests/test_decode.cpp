@@ -1,0 +1,149 @@
+// What is computed for one token around the experts, without Python, for the sanitizers: beside the
+// same in doubles, with matrices of codes and of floats, odd shapes, every instruction set.
+#include <cstring>
+#include <string>
+
+#include "attention.h"
+#include "record.h"
+
+namespace {
+
+using namespace fate;
+
+std::vector<float> random_values(std::size_t count) {
+  std::vector<float> values(count);
+  for (float& value : values) value = random_value();
+  return values;
+}
+
+// A projection of codes or of floats, and its weights as doubles.
+struct Matrices {
+  std::vector<Record> records;
+  std::vector<std::vector<float>> floats;
+  std::vector<std::vector<double>> exact;
+
+  Projection add(int rows, int cols, bool codes) {
+    exact.emplace_back(1ul * rows * cols);
+    floats.push_back(random_values(1ul * rows * cols));
+    records.emplace_back(rows, cols, 32, 4);
+    for (int r = 0; r < rows; ++r)
+      for (int c = 0; c < cols; ++c)
+        exact.back()[1ul * r * cols + c] =
+            codes ? records.back().weight(r, c, 4) : floats.back()[1ul * r * cols + c];
+    if (codes) return {records.back().place, records.back().bytes.get(), nullptr, nullptr};
+    return {{rows, cols, 0, 0, 0, 0, 0, 0}, nullptr, floats.back().data(), nullptr};
+  }
+
+  std::vector<double> times(std::size_t which, const std::vector<double>& x) const {
+    const std::vector<double>& w = exact[which];
+    std::vector<double> y(w.size() / x.size(), 0.0);
+    for (std::size_t r = 0; r < y.size(); ++r)
+      for (std::size_t c = 0; c < x.size(); ++c) y[r] += w[r * x.size() + c] * x[c];
+    return y;
+  }
+};
+
+void compare(const std::vector<float>& got, const std::vector<double>& want, double bound,
+             const char* what, const char* isa) {
+  double off = 0, norm = 0;
+  for (std::size_t i = 0; i < want.size(); ++i) {
+    off += (got[i] - want[i]) * (got[i] - want[i]);
+    norm += want[i] * want[i];
+  }
+  expect(off <= bound * bound * norm, what, isa, static_cast<int>(want.size()));
+}
+
+void check_dense(Pool& pool, const char* isa, int width, int inner, bool codes, bool shared) {
+  Matrices own;
+  own.records.reserve(3), own.floats.reserve(3);
+  const Projection gate = own.add(inner, width, codes), up = own.add(inner, width, codes);
+  const Projection down = own.add(width, inner, codes);
+  const std::vector<float> x = random_values(width), share = random_values(width);
+  DenseBlock block(gate, up, down, {Act::kSilu, 1.0f, INFINITY, 0.0f, false},
+                   shared ? share.data() : nullptr);
+  DecodeMemory memory;
+  std::vector<float> got(width, NAN);
+  block.start(pool, x.data());
+  block.finish(pool, memory, got.data());
+
+  const auto met = [&](const std::vector<float>& values) {
+    return codes ? rounded(values, 1, static_cast<int>(values.size()), 32)
+                 : std::vector<double>(values.begin(), values.end());
+  };
+  const std::vector<double> gates = own.times(0, met(x)), ups = own.times(1, met(x));
+  std::vector<float> between(inner);
+  for (int i = 0; i < inner; ++i)
+    between[i] = static_cast<float>(gates[i] * ups[i] / (1 + std::exp(-gates[i])));
+  std::vector<double> want = own.times(2, met(between));
+  double score = 0;
+  for (int i = 0; i < width; ++i) score += 1.0 * x[i] * share[i];
+  if (shared)
+    for (double& value : want) value /= 1 + std::exp(-score);
+  // A value midway between two codes may go either way.
+  compare(got, want, codes ? 3e-3 : 1e-5, "dense", isa);
+}
+
+void check_attend(Pool& pool, const char* isa, int heads, int kv_heads, int dim, int length) {
+  const int rotary = dim / 2 / 2 * 2, rows = length + 1;
+  std::vector<float> q = random_values(1ul * heads * dim), k = random_values(1ul * kv_heads * dim);
+  const std::vector<float> v = random_values(k.size()), angle = random_values(rotary / 2);
+  std::vector<float> cos(rotary), sin(rotary), keys = random_values(1ul * kv_heads * rows * dim);
+  std::vector<float> values = random_values(keys.size()), got(q.size(), NAN);
+  for (int i = 0; i < rotary; ++i) cos[i] = std::cos(angle[i % (rotary / 2)]);
+  for (int i = 0; i < rotary; ++i) sin[i] = std::sin(angle[i % (rotary / 2)]);
+  const auto turned = [&](const std::vector<float>& x) {
+    std::vector<double> y(x.begin(), x.end());
+    for (std::size_t from = 0; from < x.size(); from += dim)
+      for (int i = 0; i < rotary / 2; ++i) {
+        const double a = x[from + i], b = x[from + rotary / 2 + i];
+        y[from + i] = a * cos[i] - b * sin[i];
+        y[from + rotary / 2 + i] = b * cos[i] + a * sin[i];
+      }
+    return y;
+  };
+  const std::vector<double> queries = turned(q), fresh = turned(k);
+  DecodeMemory memory;
+  const AttentionShape shape{heads, kv_heads, dim, rotary, 0.3f, {nullptr, 0}, {nullptr, 0}, false};
+  const CachePlace cache{keys.data(), values.data(), 1ul * rows * dim, length};
+  attend(pool, memory, shape, q.data(), k.data(), v.data(), cos.data(), sin.data(), cache,
+         got.data());
+
+  std::vector<double> want(got.size(), 0.0);
+  for (int head = 0; head < heads; ++head) {
+    const int kv = head / (heads / kv_heads);
+    std::vector<double> shares(rows);
+    double total = 0;
+    for (int t = 0; t < rows; ++t) {
+      double score = 0;
+      for (int d = 0; d < dim; ++d)
+        score += queries[head * dim + d] *
+                 (t == length ? fresh[kv * dim + d] : keys[(1ul * kv * rows + t) * dim + d]);
+      total += shares[t] = std::exp(0.3 * score);
+    }
+    for (int t = 0; t < rows; ++t)
+      for (int d = 0; d < dim; ++d)
+        want[head * dim + d] += shares[t] / total * values[(1ul * kv * rows + t) * dim + d];
+  }
+  compare(got, want, 1e-5, "attention", isa);
+  expect(std::memcmp(values.data() + 1ul * length * dim, v.data(), 4ul * dim) == 0,
+         "the new value is not in the cache", isa);
+}
+
+}  // namespace
+
+int main() {
+  Pool pool(3);
+  for (const Kernels* kernels : available()) {
+    use(kernels->name);
+    for (const bool codes : {false, true})
+      for (const bool shared : {false, true})
+        for (const auto& [width, inner] : std::vector<std::pair<int, int>>{{32, 64}, {160, 96}, {288, 352}})
+          check_dense(pool, kernels->name, width, inner, codes, shared);
+    for (const auto& [heads, kv_heads] : std::vector<std::pair<int, int>>{{1, 1}, {4, 2}, {6, 1}})
+      for (const int dim : {4, 20, 64})
+        for (const int length : {0, 1, 7, 300}) check_attend(pool, kernels->name, heads, kv_heads, dim, length);
+    std::printf("%s: tried\n", kernels->name);
+  }
+  std::printf(failures ? "%d failures\n" : "all as it should be\n", failures);
+  return failures ? 1 : 0;
+}
