@@ -30,7 +30,7 @@ def token_bytes(store: Path, manifest: Manifest, top_k: int) -> int:
 
 
 def decode_ceiling(card: Card, read_bytes: float, moved_bytes: float) -> float | None:
-    """Return the most tokens per second; memory and disk work at the same time.
+    """Return the most tokens per second; memory and disk work at the same time, as far as they do.
 
     Args:
         read_bytes: of weights a token, from memory.
@@ -39,13 +39,32 @@ def decode_ceiling(card: Card, read_bytes: float, moved_bytes: float) -> float |
         None where bytes moved and the disk was not measured.
     """
     disk_s = _disk_seconds(card, moved_bytes)
-    return None if disk_s is None else 1 / max(read_bytes / card.memory_rate, disk_s)
+    if disk_s is None:
+        return None
+    return 1 / _seconds_of_both(card, read_bytes / card.memory_rate, disk_s)
 
 
 def prefill_ceiling(card: Card, tokens: int, moved_bytes: float) -> float | None:
     """Return the most tokens per second of a prompt whose experts came from disk; None if none."""
     disk_s = _disk_seconds(card, moved_bytes)
     return tokens / disk_s if disk_s else None
+
+
+def _seconds_of_both(card: Card, memory_s: float, disk_s: float) -> float:
+    """Return how long both take at least, from how long each takes alone.
+
+    Rates that were measured, each alone and both at once, and any mix of them over time can be
+    reached: the shortest time lies on the hull of the three points.
+    """
+    if card.both_bytes_s is None or not card.disk_rate or not disk_s:
+        return max(memory_s, disk_s)
+    memory, disk = (
+        min(1.0, have / alone)
+        for have, alone in zip(card.both_bytes_s, (card.memory_rate, card.disk_rate), strict=True)
+    )
+    if memory + disk <= 1:  # side by side gains nothing over one after the other
+        return memory_s + disk_s
+    return max(memory_s + disk_s * (1 - memory) / disk, disk_s + memory_s * (1 - disk) / memory)
 
 
 def _disk_seconds(card: Card, moved_bytes: float) -> float | None:

@@ -53,6 +53,9 @@ class Card:
         readahead_kib: of that disk; None where unknown.
         disk_bytes_s: "4 MiB x 1": block and reads side by side -> bytes per second, O_DIRECT;
             empty where the file system does not take such reads.
+        both_bytes_s: bytes per second from memory and from disk when both are read at once, by all
+            cores and one reader; None where the disk was not measured. The reader of a virtual
+            disk can be the very cores that compute.
     """
 
     cpu: str
@@ -65,6 +68,7 @@ class Card:
     disk: str
     readahead_kib: int | None
     disk_bytes_s: Mapping[str, float]
+    both_bytes_s: tuple[float, float] | None = None
 
     @property
     def memory_rate(self) -> float:
@@ -92,6 +96,7 @@ def draw_card(files: Sequence[Path], progress: Progress = no_progress) -> Card:
     progress("measuring the disk", 0, 1)
     largest = max(files, key=lambda path: path.stat().st_size)
     disk = disk_rates(largest)
+    both = both_rates(largest, usable_cores()) if disk else None
     progress("measuring the disk", 1, 1)
     device = disk_of(largest)
     cpu, isa = _processor()
@@ -106,6 +111,7 @@ def draw_card(files: Sequence[Path], progress: Progress = no_progress) -> Card:
         disk=device.name if device else "",
         readahead_kib=read_kib(device) if device else None,
         disk_bytes_s=disk,
+        both_bytes_s=both,
     )
 
 
@@ -173,6 +179,34 @@ def disk_rates(path: Path, seconds: float = _DISK_SECONDS) -> dict[str, float]:
         }
     except OSError:
         return {}
+    finally:
+        os.close(descriptor)
+
+
+def both_rates(path: Path, cores: int, seconds: float = _DISK_SECONDS) -> tuple[float, float]:
+    """Measure memory and disk while both are read: all cores, and one O_DIRECT reader.
+
+    Returns:
+        Bytes per second from memory, and from the disk.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    parts = np.array_split(np.ones(MEMORY_BUFFER_BYTES // 8, dtype=np.int64), cores)
+    end_s = time.perf_counter() + seconds
+
+    def read(part: NDArray[np.int64]) -> int:
+        done = 0
+        while time.perf_counter() < end_s:
+            _by_torch(part)
+            done += part.nbytes
+        return done
+
+    began_s = time.perf_counter()
+    block = min(DISK_BLOCKS["4 MiB"], path.stat().st_size // _PAGE * _PAGE)
+    try:
+        with ThreadPoolExecutor(cores + 1) as pool:
+            reader = pool.submit(_disk_rate, descriptor, path.stat().st_size, block, 1, seconds)
+            memory = sum(pool.map(read, parts)) / (time.perf_counter() - began_s)
+            return memory, reader.result()
     finally:
         os.close(descriptor)
 

@@ -100,11 +100,20 @@ def card_lines(card: Card) -> list[str]:
         for threads, rate in card.memory_bytes_s.items()
     )
     disk = ", ".join(f"{rate / 1e9:.2f} GB/s at {name}" for name, rate in card.disk_bytes_s.items())
+    both = (
+        ""
+        if card.both_bytes_s is None
+        else (
+            ", and while all cores read memory at {:.1f} GB/s {:.2f} GB/s".format(
+                *(rate / 1e9 for rate in card.both_bytes_s)
+            )
+        )
+    )
     ahead = "unknown" if card.readahead_kib is None else f"{card.readahead_kib} KiB"
     return [
         f"- processor: {card.cpu}, {card.cores} cores, {' '.join(card.isa) or 'no known SIMD'}",
         f"- memory: {format_bytes(card.ram_bytes)}, reads {memory}",
-        f"- disk: {card.disk or 'none'}, O_DIRECT reads {disk or 'not measured'}; readahead "
+        f"- disk: {card.disk or 'none'}, O_DIRECT reads {disk or 'not measured'}{both}; readahead "
         f"{ahead}",
         f"- system: {card.kernel}, load average before: {card.load_average}",
     ]

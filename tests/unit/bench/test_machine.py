@@ -31,10 +31,12 @@ def disk(tmp_path: Path) -> Path:
 def test_a_card_says_what_it_found(big_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "memory_rates", lambda cores: {1: 1e9, 2: 3e9})
     monkeypatch.setattr(machine, "disk_rates", lambda path: {"4 MiB x 1": 5e8, "4 MiB x 4": 9e8})
+    monkeypatch.setattr(machine, "both_rates", lambda path, cores: (2e9, 4e8))
     told: list[str] = []
     card = draw_card([big_file, Path(__file__)], lambda what, done, total: told.append(what))
     assert card.memory_rate == 3e9
     assert card.disk_rate == 9e8
+    assert card.both_bytes_s == (2e9, 4e8)
     assert card.cores == len(os.sched_getaffinity(0))
     assert card.ram_bytes > 1 << 28
     assert card.cpu
@@ -60,6 +62,15 @@ def test_disk_rates_by_block_and_depth(big_file: Path) -> None:
         pytest.skip("no O_DIRECT on this file system")
     assert set(rates) == {"4 MiB x 1", "4 MiB x 4", "64 KiB x 1", "64 KiB x 4"}
     assert all(rate > 1e5 for rate in rates.values())
+
+
+def test_memory_and_disk_at_once(big_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "MEMORY_BUFFER_BYTES", 1 << 22)
+    if not disk_rates(big_file, seconds=0.01):
+        pytest.skip("no O_DIRECT on this file system")
+    memory, disk = machine.both_rates(big_file, 2, seconds=0.05)
+    assert memory > 1e7
+    assert disk > 1e5
 
 
 def test_a_file_smaller_than_a_block_is_not_read_in_such_blocks(tmp_path: Path) -> None:

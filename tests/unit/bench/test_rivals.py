@@ -205,6 +205,16 @@ def test_ceilings() -> None:
     assert decode_ceiling(CARD, 1e9, 0) == 20  # 1 GB at 20 GB/s
     assert decode_ceiling(CARD, 1e9, 5e8) == 2  # half a GB at 1 GB/s takes longer
     assert decode_ceiling(CARD, 1e9, 1e6) == 20  # disk and memory side by side
+    for both, seconds in (
+        ((2e10, 1e9), 0.5),  # nothing is lost side by side
+        ((0.0, 1e9), 0.55),  # one after the other
+        ((1e10, 5e8), 0.55),  # no better than that
+        ((1e10, 1e9), 0.5),  # half of memory is enough beside the whole disk
+        ((1e10, 7.5e8), max(0.05 + 0.5 * 0.5 / 0.75, 0.5 + 0.05 * 0.25 / 0.5)),
+    ):
+        card = replace(CARD, both_bytes_s=both)
+        assert decode_ceiling(card, 1e9, 5e8) == pytest.approx(1 / seconds)
+        assert decode_ceiling(card, 1e9, 0) == 20
     assert prefill_ceiling(CARD, 512, 4e9) == 128
     assert prefill_ceiling(CARD, 512, 0) is None
     unknown = replace(CARD, disk_bytes_s={})

@@ -20,6 +20,7 @@ def rivals(*arguments: str) -> Result:
 def small_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fate_moe.bench.machine.memory_rates", lambda cores: {1: 1e10})
     monkeypatch.setattr("fate_moe.bench.machine.disk_rates", lambda path: {"4 MiB x 4": 1e9})
+    monkeypatch.setattr("fate_moe.bench.machine.both_rates", lambda path, cores: (1e10, 5e8))
 
 
 def test_the_tiny_shape_alone(tmp_path: Path) -> None:
