@@ -108,11 +108,38 @@ void DenseBlock::finish(Pool& pool, DecodeMemory& memory, float* out) {
   float* const inner = memory.between.floats(width);
   active().activate(form_, gates_.floats(width), ups_.floats(width), 1, width, inner);
   project(pool, memory, inner, {{&down_, out}});
-  if (share_ == nullptr) return;
-  float score = 0;
-  decode_kernels().gemv(share_, x_, gate_.place.cols, 0, 1, &score);
-  const float factor = 1.0f / (1.0f + std::exp(-score));
+  const float factor = share_of(x_);
   for (int d = 0; d < down_.place.rows; ++d) out[d] *= factor;
+}
+
+float DenseBlock::share_of(const float* x) const {
+  if (share_ == nullptr) return 1.0f;
+  float score = 0;
+  decode_kernels().gemv(share_, x, gate_.place.cols, 0, 1, &score);
+  return 1.0f / (1.0f + std::exp(-score));
+}
+
+void DenseBlock::many(Pool& pool, DecodeMemory& memory, const float* x, int tokens,
+                      float* out) const {
+  const std::size_t width = gate_.place.cols, inner = gate_.place.rows;
+  float* const gates = memory.q.floats(inner * tokens);
+  float* const ups = memory.k.floats(inner * tokens);
+  const std::vector<ActRow> in =
+      quantize_all(pool, memory.codes, x, tokens, gate_.place.cols, gate_.place.group);
+  multiply(pool, gate_.place.at(gate_.record), gate_.bias, in, gates);
+  multiply(pool, up_.place.at(up_.record), up_.bias, in, ups);
+  pool.run(tokens, [&](int t, int) {
+    float* const row = gates + t * inner;
+    active().activate(form_, row, ups + t * inner, 1, static_cast<int>(inner), row);
+  });
+  const std::vector<ActRow> between =
+      quantize_all(pool, memory.codes, gates, tokens, down_.place.cols, down_.place.group);
+  multiply(pool, down_.place.at(down_.record), down_.bias, between, out);
+  if (share_ == nullptr) return;
+  for (int t = 0; t < tokens; ++t) {
+    const float factor = share_of(x + t * width);
+    for (std::size_t d = 0; d < width; ++d) out[t * width + d] *= factor;
+  }
 }
 
 void RouterBlock::run(DecodeMemory& memory, const float* x, float* logits, float* weights,

@@ -37,7 +37,7 @@ struct CachePlace {
 // Memory between the parts of a step; grows and is kept.
 struct DecodeMemory {
   Products products;
-  Buffer q, k, v, between, scores, out;
+  Buffer q, k, v, between, scores, out, codes;
 };
 
 // Norm, turn and append k [kv_heads, dim] and v, then attend with q [heads, dim] into
@@ -71,7 +71,13 @@ class DenseBlock {
   void start(Pool& pool, const float* x);
   void finish(Pool& pool, DecodeMemory& memory, float* out);
 
+  // x, out [tokens, D] at once; all matrices must be records.
+  void many(Pool& pool, DecodeMemory& memory, const float* x, int tokens, float* out) const;
+  bool takes_many() const { return gate_.record && up_.record && down_.record; }
+
  private:
+  float share_of(const float* x) const;
+
   Projection gate_, up_, down_;
   Gate form_;
   const float* share_;  // [D], or null

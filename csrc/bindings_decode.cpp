@@ -161,6 +161,14 @@ void add_small(nb::module_& m) {
              new (self) fate::DenseBlock(gate, up, down, form, at<float>(share));
            },
            "gate"_a, "up"_a, "down"_a, "form"_a, "share"_a = 0)
+      .def("many",
+           [](const fate::DenseBlock& self, Address x, int tokens, Address out) {
+             need(self.takes_many() && tokens > 0, "many tokens need three records");
+             Locked our;
+             self.many(our.pool, our.memory, at<float>(x), tokens, at<float>(out));
+           },
+           "x"_a, "tokens"_a, "out"_a, nb::call_guard<nb::gil_scoped_release>())
+      .def_prop_ro("takes_many", &fate::DenseBlock::takes_many)
       .def("start",
            [](fate::DenseBlock& self, Address x) {
              Locked our;

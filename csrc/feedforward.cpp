@@ -39,7 +39,8 @@ void each_tile(Pool& pool, const Matrix& w, const ActRow* x, int tokens, float* 
   });
 }
 
-// Quantize tokens in natural order for `gemm`; returns where they lie.
+}  // namespace
+
 std::vector<ActRow> quantize_all(Pool& pool, Buffer& memory, const float* x, int tokens, int cols,
                                  int group) {
   const std::size_t bytes = (act_row_bytes(cols, group) + 63) / 64 * 64;
@@ -54,7 +55,15 @@ std::vector<ActRow> quantize_all(Pool& pool, Buffer& memory, const float* x, int
   return rows;
 }
 
-}  // namespace
+void multiply(Pool& pool, const Matrix& w, const float* bias, const std::vector<ActRow>& x,
+              float* y) {
+  const int tokens = static_cast<int>(x.size());
+  each_tile(pool, w, x.data(), tokens, y, w.rows, [&](int first, int last) {
+    if (bias == nullptr) return;
+    for (int t = 0; t < tokens; ++t)
+      for (int r = first; r < last; ++r) y[static_cast<std::size_t>(t) * w.rows + r] += bias[r];
+  });
+}
 
 void linear(Pool& pool, Buffer& memory, const Matrix& w, const float* bias, const float* x,
             int tokens, float* y) {
@@ -73,10 +82,7 @@ void linear(Pool& pool, Buffer& memory, const Matrix& w, const float* bias, cons
     });
     return;
   }
-  const std::vector<ActRow> rows = quantize_all(pool, memory, x, tokens, w.cols, w.group);
-  each_tile(pool, w, rows.data(), tokens, y, w.rows, [&](int first, int last) {
-    for (int t = 0; t < tokens; ++t) add_bias(y + static_cast<std::size_t>(t) * w.rows, first, last);
-  });
+  multiply(pool, w, bias, quantize_all(pool, memory, x, tokens, w.cols, w.group), y);
 }
 
 void ExpertStep::begin(Pool& pool, const ExpertShape& shape, const float* x, int tokens, int k,

@@ -39,6 +39,14 @@ class Buffer {
 void linear(Pool& pool, Buffer& memory, const Matrix& w, const float* bias, const float* x,
             int tokens, float* y);
 
+// Round tokens [tokens, cols] to int8 in natural order; they lie in `memory`.
+std::vector<ActRow> quantize_all(Pool& pool, Buffer& memory, const float* x, int tokens, int cols,
+                                 int group);
+
+// y [tokens, rows] = x W^T + bias, for tokens that are rounded; `bias` may be null.
+void multiply(Pool& pool, const Matrix& w, const float* bias, const std::vector<ActRow>& x,
+              float* y);
+
 struct ExpertShape {
   MatrixPlace up;    // [2F, D], or [F, D] without a gate
   MatrixPlace down;  // [D, F]

@@ -79,6 +79,13 @@ void check_dense(Pool& pool, const char* isa, int width, int inner, bool codes, 
   for (int i = 0; i < width; ++i) score += 1.0 * x[i] * share[i];
   if (shared)
     for (double& value : want) value /= 1 + std::exp(-score);
+  if (codes) {  // four times the same token gives four times the same
+    std::vector<float> four, out(4ul * width, NAN);
+    for (int t = 0; t < 4; ++t) four.insert(four.end(), x.begin(), x.end());
+    block.many(pool, memory, four.data(), 4, out.data());
+    for (int t = 0; t < 4; ++t)
+      compare({out.begin() + t * width, out.begin() + (t + 1) * width}, want, 3e-3, "many", isa);
+  }
   // A value midway between two codes may go either way.
   compare(got, want, codes ? 3e-3 : 1e-5, "dense", isa);
 }

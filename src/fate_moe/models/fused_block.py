@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fate_moe.models.cache_growing import is_plain
 from fate_moe.models.fused_parts import FusedDense
-from fate_moe.models.fused_step import differs, is_one_token, stand_ins
+from fate_moe.models.fused_step import are_tokens, differs, stand_ins
 from fate_moe.models.seam import is_experts
 
 _ROUTER, _EXPERTS = "gate", "experts"
@@ -44,10 +44,10 @@ class FusedBlock:
         self.own = module.forward
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Compute one token natively, others as ever."""
-        if args or kwargs or not is_one_token(hidden_states, self.width) or self._is_watched():
+        """Compute tokens natively, others as ever."""
+        if args or kwargs or not self._takes(hidden_states) or self._is_watched():
             return self.own(hidden_states, *args, **kwargs)
-        x = hidden_states.view(1, self.width)
+        x = hidden_states.view(-1, self.width)
         if self._shared is None:
             _, weights, ids = self.router(x)
             return self.experts.forward(x, ids, weights).view(hidden_states.shape)
@@ -62,6 +62,9 @@ class FusedBlock:
             if not extra:
                 self._shared.finish()  # other cores may still compute with x
         return out.add_(extra[0]).view(hidden_states.shape)
+
+    def _takes(self, x: Tensor) -> bool:
+        return are_tokens(x, self.width) if self._shared is None else self._shared.takes(x)
 
     @property
     def tolerance(self) -> float:
@@ -104,10 +107,14 @@ def fuse_block(module: Any) -> FusedBlock | None:
 @torch.no_grad()
 def _equals(fused: FusedBlock) -> bool:
     """Try both forwards around stand-ins for router and experts: what goes in, what comes out?"""
+    return all(_equals_for(fused, tokens) for tokens in (1, 3))
+
+
+def _equals_for(fused: FusedBlock, tokens: int) -> bool:
     draw = torch.Generator().manual_seed(0)
-    x, found = (torch.randn(1, 1, fused.width, generator=draw) for _ in range(2))
-    logits, weights = torch.randn(1, 4, generator=draw), torch.rand(1, 2, generator=draw)
-    ids = torch.tensor([[2, 1]])
+    x, found = (torch.randn(1, tokens, fused.width, generator=draw) for _ in range(2))
+    logits, weights = (torch.rand(tokens, count, generator=draw) for count in (4, 2))
+    ids = torch.tensor([[2, 1]]).repeat(tokens, 1)
     seen: list[tuple[Tensor, ...]] = []
 
     def router(hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -118,7 +125,7 @@ def _equals(fused: FusedBlock) -> bool:
         seen.append((x.reshape(-1), ids.double(), weights))
         if beside is not None:
             beside()
-        return found.view(1, -1).clone()
+        return found[0].clone()
 
     with stand_ins({fused.router: router, fused.experts: experts}):
         want, got = fused.own(x.clone()), fused.forward(x.clone())

@@ -14,13 +14,20 @@ from torch import Tensor, nn
 
 from fate_moe.compute.native import GateForm
 from fate_moe.models.cache_growing import is_plain
-from fate_moe.models.fused_step import Matrix, differs, is_one_token, norm_of, stand_ins
+from fate_moe.models.fused_step import (
+    Matrix,
+    are_tokens,
+    differs,
+    is_one_token,
+    norm_of,
+    stand_ins,
+)
 from fate_moe.models.gate_form import apply_gate
 from fate_moe.native import core
 
 _PROJECTIONS = "gate_proj", "up_proj", "down_proj"
-_DRAWS = 0.1, 1.0, 10.0, 1.0, 1.0
-"""Scales of the random tokens that are tried."""
+_DRAWS = (0.1, 1), (1.0, 1), (10.0, 1), (1.0, 1), (1.0, 3)
+"""Scale and number of the random tokens that are tried."""
 
 
 class Fused(Protocol):
@@ -91,7 +98,7 @@ class FusedRouter:
 
 
 class FusedDense:
-    """The one-token forward of a gated feed-forward, such as a shared expert."""
+    """The forward of a gated feed-forward, such as a shared expert: of one token, or of many."""
 
     def __init__(self, module: Any, share: Tensor | None = None) -> None:
         """Bind a feed-forward, or raise KeyError, TypeError or ValueError: it is none.
@@ -115,25 +122,37 @@ class FusedDense:
         self._x = torch.empty(0)  # held for the cores that compute with it
         address = 0 if share is None else share.data_ptr()
         self._block = native.DenseBlock(*(one.projection for one in matrices), gate, address)
+        self._takes_many = self._block.takes_many
         self.tolerance = max(one.tolerance for one in matrices)
         self.own = module.forward
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Compute one token natively, others as ever."""
-        if args or kwargs or not is_one_token(hidden_states, self.width) or self.is_watched():
+        """Compute tokens natively, others as ever."""
+        if args or kwargs or not self.takes(hidden_states) or self.is_watched():
             return self.own(hidden_states, *args, **kwargs)
         self.start(hidden_states)
         return self.finish()
 
+    def takes(self, x: Tensor) -> bool:
+        """Say whether these tokens can be computed natively."""
+        if is_one_token(x, self.width):
+            return True
+        return self._takes_many and are_tokens(x, self.width)
+
     def start(self, x: Tensor) -> None:
-        """Let other cores begin with one token x [.., D] that the native core can read."""
+        """Take over tokens x [.., D]; with a single one other cores begin."""
         self._x = x
-        self._block.start(x.data_ptr())
+        if x.numel() == self.width:
+            self._block.start(x.data_ptr())
 
     def finish(self) -> Tensor:
         """Return what was started, [.., D]."""
-        out = torch.empty_like(self._x)
-        self._block.finish(out.data_ptr())
+        x = self._x
+        out = torch.empty_like(x)
+        if x.numel() == self.width:
+            self._block.finish(out.data_ptr())
+        else:
+            self._block.many(x.data_ptr(), x.numel() // self.width, out.data_ptr())
         return out
 
     def is_watched(self) -> bool:
@@ -188,8 +207,8 @@ def fuse_part(module: nn.Module) -> tuple[str, Fused] | None:
 @torch.no_grad()
 def _equals(fused: Any) -> bool:
     draw = torch.Generator().manual_seed(0)
-    for scale in _DRAWS:
-        x = scale * torch.randn(1, fused.width, generator=draw)
+    for scale, count in _DRAWS:
+        x = scale * torch.randn(count, fused.width, generator=draw)
         want, got = fused.own(x.clone()), fused.forward(x)
         if isinstance(want, Tensor):
             want, got = (want,), (got,)

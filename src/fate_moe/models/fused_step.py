@@ -92,6 +92,12 @@ def is_one_token(x: Tensor, width: int) -> bool:
     return one and is_plain(x) and not torch.is_grad_enabled()
 
 
+def are_tokens(x: Tensor, width: int) -> bool:
+    """Say whether x is tokens [.., width] that the native core can read, with no gradients."""
+    some = x.shape[-1] == width and x.numel() > 0
+    return some and is_plain(x) and not torch.is_grad_enabled()
+
+
 def find_slot(
     kwargs: dict[str, Any],
     index: int,

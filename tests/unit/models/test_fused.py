@@ -15,7 +15,7 @@ from fate_moe.models.fused import fuse, unfuse
 from fate_moe.models.fused_attention import fuse_attention
 from fate_moe.models.fused_block import fuse_block
 from fate_moe.models.fused_layer import fuse_layer
-from fate_moe.models.fused_parts import fuse_part
+from fate_moe.models.fused_parts import FusedDense, fuse_part
 from fate_moe.models.fused_step import Positions
 from fate_moe.models.seam import experts_left_out, find_experts
 from tests.families.tiny_config import tiny_config
@@ -354,6 +354,42 @@ def test_records_are_fused_with_their_attention(bits: int) -> None:
     counts, apart = run_both(model)
     assert counts["layer"] == counts["dense"] == LAYERS
     assert apart < 3e-2  # a last bit may move an activation's code
+
+
+class Dense(nn.Module):
+    """A gated feed-forward of records."""
+
+    def __init__(self, width: int, inner: int, bits: int, act: nn.Module) -> None:
+        super().__init__()
+        self.gate_proj = make_linear(inner, width, bits, bias=True)
+        self.up_proj = make_linear(inner, width, bits)
+        self.down_proj = make_linear(width, inner, bits)
+        self.act_fn = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("tokens", [2, 17])
+def test_many_tokens_of_records_in_one_call(bits: int, tokens: int) -> None:
+    torch.manual_seed(bits)
+    module = Dense(96, 160, bits, nn.SiLU())
+    kind, fused = fuse_part(module)  # type: ignore[misc]
+    assert kind == "dense"
+    x = torch.randn(1, tokens, 96)
+    got = fused.forward(x)
+    assert not torch.equal(got, torch.zeros_like(got))
+    want = module(x)
+    assert float((got - want).norm() / want.norm()) < 3e-3
+    share = torch.randn(96)
+    scaled = FusedDense(module, share)
+    assert scaled.takes(x)
+    part = got * torch.sigmoid(x @ share)[..., None]
+    assert float((scaled.forward(x) - part).norm() / part.norm()) < 1e-5
+    module.up_proj.register_forward_hook(lambda *_: None)  # is looked at: the family's own way
+    assert torch.equal(fused.forward(x), want)
 
 
 class Wrong:
