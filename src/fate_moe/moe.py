@@ -44,20 +44,19 @@ class MoELayer:
         x: Tensor,
         topk_ids: Tensor,
         topk_weights: Tensor,
-        beside: Callable[[], None] | None = None,
+        beside: Callable[[], None] = lambda: None,
     ) -> Tensor:
         """Return the routed experts' sum for tokens x [T, D]; ids and weights [T, K].
 
         A step of one token is booked as decode, any other as prefill.
 
         Args:
-            beside: what else there is to compute, done while missing experts are read.
+            beside: what else there is to compute, done while missing experts are read; nothing.
         """
         phase = Phase.PREFILL if x.shape[0] > 1 else Phase.DECODE
         with self._mover.lease(self.layer, self._needed(topk_ids), phase) as arriving:
             self._mover.speculate(self._guess)  # after the demand: a guess only gets idle link time
-            if beside is not None:
-                beside()
+            beside()
             return self._experts(x, topk_ids, topk_weights, arriving)
 
     def _needed(self, topk_ids: Tensor) -> list[int]:

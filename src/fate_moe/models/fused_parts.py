@@ -30,6 +30,9 @@ _DRAWS = (0.1, 1), (1.0, 1), (10.0, 1), (1.0, 1), (1.0, 3)
 """Scale and number of the random tokens that are tried."""
 
 
+_NOTHING = torch.empty(0)
+
+
 class Fused(Protocol):
     """One module's one-token forward, and the module's own."""
 
@@ -119,7 +122,7 @@ class FusedDense:
         act = getattr(native.Act, form.act)
         gate = native.Gate(act, form.alpha, form.limit, form.offset, form.limit_after)
         self._share = share
-        self._x = torch.empty(0)  # held for the cores that compute with it
+        self._x = _NOTHING  # held for the cores that compute with it
         address = 0 if share is None else share.data_ptr()
         self._block = native.DenseBlock(*(one.projection for one in matrices), gate, address)
         self._takes_many = self._block.takes_many
@@ -147,7 +150,7 @@ class FusedDense:
 
     def finish(self) -> Tensor:
         """Return what was started, [.., D]."""
-        x = self._x
+        x, self._x = self._x, _NOTHING  # every layer would hold on to its prompt
         out = torch.empty_like(x)
         if x.numel() == self.width:
             self._block.finish(out.data_ptr())

@@ -381,6 +381,7 @@ def test_many_tokens_of_records_in_one_call(bits: int, tokens: int) -> None:
     x = torch.randn(1, tokens, 96)
     got = fused.forward(x)
     assert not torch.equal(got, torch.zeros_like(got))
+    assert fused._x.numel() == 0  # type: ignore[attr-defined]
     want = module(x)
     assert float((got - want).norm() / want.norm()) < 3e-3
     share = torch.randn(96)
