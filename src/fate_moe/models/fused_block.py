@@ -22,7 +22,7 @@ _SHARED, _SHARE = ("shared_expert", "shared_experts"), "shared_expert_gate"
 
 
 class FusedBlock:
-    """The one-token forward of one MoE block."""
+    """The forward of one MoE block, of one token or of many."""
 
     def __init__(self, module: Any) -> None:
         """Bind a block.
@@ -93,7 +93,7 @@ def _shared_of(children: Any, name: str) -> FusedDense:
 
 
 def fuse_block(module: Any) -> FusedBlock | None:
-    """Make a block's one-token forward and try it; None where it does not fit."""
+    """Make a block's forward and try it; None where it does not fit."""
     refusals = (
         ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError,
     )  # fmt: skip
