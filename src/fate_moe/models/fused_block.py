@@ -60,7 +60,7 @@ class FusedBlock:
             )
         finally:
             if not extra:
-                self._shared.finish()  # other cores may still compute with x
+                self._shared.drop()
         return out.add_(extra[0]).view(hidden_states.shape)
 
     def _takes(self, x: Tensor) -> bool:

@@ -150,13 +150,20 @@ class FusedDense:
 
     def finish(self) -> Tensor:
         """Return what was started, [.., D]."""
-        x, self._x = self._x, _NOTHING  # every layer would hold on to its prompt
+        x = self._x
         out = torch.empty_like(x)
         if x.numel() == self.width:
             self._block.finish(out.data_ptr())
         else:
             self._block.many(x.data_ptr(), x.numel() // self.width, out.data_ptr())
+        self._x = _NOTHING  # every layer would hold on to its prompt
         return out
+
+    def drop(self) -> None:
+        """Forget what was started and not finished, once no core computes with it."""
+        if self._x.numel() == self.width:
+            self.finish()
+        self._x = _NOTHING
 
     def is_watched(self) -> bool:
         """Say whether somebody hooked a matrix or put another in its place."""
