@@ -95,6 +95,7 @@ void AttentionBlock::layer(Pool& pool, DecodeMemory& memory, const float* x, con
 }
 
 void DenseBlock::start(Pool& pool, const float* x) {
+  pool.join();  // what an earlier start left unfinished still computes with our memory
   const int width = gate_.place.rows;
   x_ = x;
   inward_.prepare(x, {{&gate_, gates_.floats(width)}, {&up_, ups_.floats(width)}});

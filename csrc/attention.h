@@ -1,5 +1,5 @@
 // What is computed for one token of a decoder layer around its experts: attention over the cached
-// keys and values, norms, a dense feed-forward, a router?
+// keys and values, norms, a router, a dense feed-forward (that for many tokens, too)?
 //
 // Float32 throughout. Matrices are records or plain floats; addresses are the caller's to keep alive.
 #pragma once
@@ -59,8 +59,8 @@ struct AttentionBlock {
              const CachePlace& cache, float* out, float* normed) const;
 };
 
-// out = share * down(act(gate(x)) * up(x)), for one token; share is the sigmoid of a dot product with
-// x, or 1.
+// out = share * down(act(gate(x)) * up(x)); share is the sigmoid of a dot product with x, or 1. One
+// token in two steps, or many in one.
 class DenseBlock {
  public:
   DenseBlock(const Projection& gate, const Projection& up, const Projection& down, const Gate& form,
@@ -71,9 +71,11 @@ class DenseBlock {
   void start(Pool& pool, const float* x);
   void finish(Pool& pool, DecodeMemory& memory, float* out);
 
-  // x, out [tokens, D] at once; all matrices must be records.
+  // x, out [tokens, D] at once, where `takes_many`: one set of codes serves gate and up.
   void many(Pool& pool, DecodeMemory& memory, const float* x, int tokens, float* out) const;
-  bool takes_many() const { return gate_.record && up_.record && down_.record; }
+  bool takes_many() const {
+    return gate_.record && up_.record && down_.record && gate_.place.group == up_.place.group;
+  }
 
  private:
   float share_of(const float* x) const;

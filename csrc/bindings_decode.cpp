@@ -156,14 +156,14 @@ void add_small(nb::module_& m) {
            [](fate::DenseBlock* self, const fate::Projection& gate, const fate::Projection& up,
               const fate::Projection& down, const fate::Gate& form, Address share) {
              need(gate.place.rows == up.place.rows && gate.place.cols == up.place.cols &&
-                      down.place.cols == up.place.rows,
+                      down.place.cols == up.place.rows && down.place.rows == gate.place.cols,
                   "the matrices of a feed-forward do not fit");
              new (self) fate::DenseBlock(gate, up, down, form, at<float>(share));
            },
            "gate"_a, "up"_a, "down"_a, "form"_a, "share"_a = 0)
       .def("many",
            [](const fate::DenseBlock& self, Address x, int tokens, Address out) {
-             need(self.takes_many() && tokens > 0, "many tokens need three records");
+             need(self.takes_many() && tokens > 0, "many tokens need three records, gate and up in like groups");
              Locked our;
              self.many(our.pool, our.memory, at<float>(x), tokens, at<float>(out));
            },

@@ -181,7 +181,7 @@ template <class S> struct Core {
         superblock<BITS, G>(high + g * group_bytes, BITS == 4 ? low + g * group_bytes : nullptr,
                             S::f_half(scale + g), S::f_half(zero + g), x, g, blocks, lanes,
                             products, offsets);
-      if (rest > 0 && at + whole + kLanes <= all) {  // what follows meets activations of zero
+      if (rest > 0 && at + whole + kLanes <= all) {  // the next row's, finite, meet activations of zero
         superblock<BITS, G>(high + whole * group_bytes,
                             BITS == 4 ? low + whole * group_bytes : nullptr,
                             S::f_half(scale + whole), S::f_half(zero + whole), x, whole,

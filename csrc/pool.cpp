@@ -48,6 +48,7 @@ std::uint8_t* Pool::scratch(int thread, std::size_t bytes) {
 
 void Pool::run_pieces(int pieces, bool in_spans, Call call, const void* work) {
   if (pieces <= 1 || workers_.empty()) {
+    join();
     const int size = in_spans ? pieces : 1;
     for (int piece = 0; piece < pieces; piece += size) call(work, piece, piece + size, 0);
     return;

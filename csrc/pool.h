@@ -1,8 +1,8 @@
 // How do several cores share one piece of work without waiting long for each other?
 //
-// Pieces are claimed one by one, so a core that the system took away delays at most the piece it
-// holds, and a sleeping one none. Between calls a worker looks out for a moment, lets others run for
-// another, then sleeps.
+// Pieces are claimed as cores get to them, alone or in spans that shorten towards the end, so a core
+// that the system took away delays at most what it holds, and a sleeping one nothing. Between calls a
+// worker looks out for a moment, lets others run for another, then sleeps.
 #pragma once
 
 #include <atomic>

@@ -70,24 +70,31 @@ void check_dense(Pool& pool, const char* isa, int width, int inner, bool codes, 
     return codes ? rounded(values, 1, static_cast<int>(values.size()), 32)
                  : std::vector<double>(values.begin(), values.end());
   };
-  const std::vector<double> gates = own.times(0, met(x)), ups = own.times(1, met(x));
-  std::vector<float> between(inner);
-  for (int i = 0; i < inner; ++i)
-    between[i] = static_cast<float>(gates[i] * ups[i] / (1 + std::exp(-gates[i])));
-  std::vector<double> want = own.times(2, met(between));
-  double score = 0;
-  for (int i = 0; i < width; ++i) score += 1.0 * x[i] * share[i];
-  if (shared)
-    for (double& value : want) value /= 1 + std::exp(-score);
-  if (codes) {  // four times the same token gives four times the same
-    std::vector<float> four, out(4ul * width, NAN);
-    for (int t = 0; t < 4; ++t) four.insert(four.end(), x.begin(), x.end());
-    block.many(pool, memory, four.data(), 4, out.data());
-    for (int t = 0; t < 4; ++t)
-      compare({out.begin() + t * width, out.begin() + (t + 1) * width}, want, 3e-3, "many", isa);
-  }
+  const auto wanted = [&](const std::vector<float>& token) {
+    const std::vector<double> gates = own.times(0, met(token)), ups = own.times(1, met(token));
+    std::vector<float> between(inner);
+    for (int i = 0; i < inner; ++i)
+      between[i] = static_cast<float>(gates[i] * ups[i] / (1 + std::exp(-gates[i])));
+    std::vector<double> want = own.times(2, met(between));
+    double score = 0;
+    for (int i = 0; i < width; ++i) score += 1.0 * token[i] * share[i];
+    if (shared)
+      for (double& value : want) value /= 1 + std::exp(-score);
+    return want;
+  };
   // A value midway between two codes may go either way.
-  compare(got, want, codes ? 3e-3 : 1e-5, "dense", isa);
+  compare(got, wanted(x), codes ? 3e-3 : 1e-5, "dense", isa);
+  block.start(pool, x.data());  // left unfinished by an error, and started anew
+  block.start(pool, x.data());
+  block.finish(pool, memory, got.data());
+  compare(got, wanted(x), codes ? 3e-3 : 1e-5, "dense started twice", isa);
+  if (!codes) return;
+  const std::vector<float> four = random_values(4ul * width);
+  std::vector<float> out(four.size(), NAN);
+  block.many(pool, memory, four.data(), 4, out.data());
+  for (int from = 0; from < 4 * width; from += width)
+    compare({out.begin() + from, out.begin() + from + width},
+            wanted({four.begin() + from, four.begin() + from + width}), 3e-3, "many", isa);
 }
 
 void check_attend(Pool& pool, const char* isa, int heads, int kv_heads, int dim, int length) {

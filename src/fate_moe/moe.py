@@ -1,7 +1,7 @@
 """Where do the four stages meet?
 
 One `MoELayer` per MoE layer of the model: predict, prefetch, cache (behind the lease) and compute,
-in five lines. Knows no family, no file format and no policy.
+in one function. Knows no family, no file format and no policy.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ class MoELayer:
         A step of one token is booked as decode, any other as prefill.
 
         Args:
-            beside: what else there is to compute, done while missing experts are read; nothing.
+            beside: what else there is to compute; nothing. Done once needs are announced, so while
+                threads read missing experts (small ones in decode wait: see `Mover`).
         """
         phase = Phase.PREFILL if x.shape[0] > 1 else Phase.DECODE
         with self._mover.lease(self.layer, self._needed(topk_ids), phase) as arriving:

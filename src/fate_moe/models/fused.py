@@ -1,9 +1,10 @@
 """Which parts of a model are computed in one native call each when it decodes?
 
 A transformers layer is some fifty small operations, each of which costs microseconds beside what it
-computes. Here modules get, one by one, a forward that does the same natively for one token, where a
-trial beside their own shows that it is the same. Prompts, batches, other dtypes, masks that hide
-something, and modules of another make go the family's own way.
+computes. Here modules get, one by one, a forward that does the same natively, where a trial beside
+their own shows that it is the same: for one token, and feed-forwards of records for prompts, too.
+Batches, other dtypes, masks that hide something, and modules of another make go the family's own
+way.
 """
 
 from __future__ import annotations

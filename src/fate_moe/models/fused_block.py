@@ -1,8 +1,9 @@
 """How does a whole MoE block decode with nothing of torch between its parts?
 
 For blocks that are experts(x, gate(x)), plus a shared expert where there is one, its share given by
-a sigmoid or whole. The shared expert is computed while missing experts are read. Tried, as layers
-are, beside the block's own forward.
+a sigmoid or whole. Idle cores begin with the shared expert while experts are chosen; it is finished
+before the first of them is waited for, so beside the reads that threads do. Tried, as layers are,
+beside the block's own forward.
 """
 
 from __future__ import annotations
@@ -51,9 +52,9 @@ class FusedBlock:
         if self._shared is None:
             _, weights, ids = self.router(x)
             return self.experts.forward(x, ids, weights).view(hidden_states.shape)
-        self._shared.start(x)
         extra: list[Tensor] = []
         try:
+            self._shared.start(x)
             _, weights, ids = self.router(x)
             out = self.experts.forward(
                 x, ids, weights, beside=lambda: extra.append(self._shared.finish())

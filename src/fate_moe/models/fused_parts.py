@@ -1,7 +1,7 @@
-"""How are a norm, a router and a dense feed-forward computed for one token in one native call?
+"""How are a norm, a router and a dense feed-forward computed natively, each in one call?
 
-Recognised by structure, tried on random input beside the module's own forward, left alone where
-that differs.
+Norm and router for one token, the feed-forward for many as well. Recognised by structure, tried on
+random input beside the module's own forward, left alone where that differs.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _NOTHING = torch.empty(0)
 
 
 class Fused(Protocol):
-    """One module's one-token forward, and the module's own."""
+    """One module's native forward, and the module's own."""
 
     forward: Callable[..., Any]
     own: Callable[..., Any]
@@ -115,6 +115,7 @@ class FusedDense:
         self.projections = tuple(module._modules[name] for name in _PROJECTIONS)
         matrices = [Matrix(one) for one in self.projections]
         self._kept = matrices
+        self._parts = [(name, one) for name, one in module._modules.items() if one is not None]
         self.width = int(self.projections[0].in_features)
         native, form = core(), _form_of(self)
         if form is None:
@@ -144,9 +145,9 @@ class FusedDense:
 
     def start(self, x: Tensor) -> None:
         """Take over tokens x [.., D]; with a single one other cores begin."""
-        self._x = x
         if x.numel() == self.width:
             self._block.start(x.data_ptr())
+        self._x = x
 
     def finish(self) -> Tensor:
         """Return what was started, [.., D]."""
@@ -166,11 +167,11 @@ class FusedDense:
         self._x = _NOTHING
 
     def is_watched(self) -> bool:
-        """Say whether somebody hooked a matrix or put another in its place."""
+        """Say whether somebody hooked a part or put another in its place."""
         modules = self.module._modules
         return any(
-            modules[name] is not one or one._forward_hooks
-            for name, one in zip(_PROJECTIONS, self.projections, strict=True)
+            modules.get(name) is not one or one._forward_hooks or one._forward_pre_hooks
+            for name, one in self._parts
         )
 
 
@@ -201,7 +202,7 @@ _MAKERS: dict[str, list[Callable[[Any], Any]]] = {
 
 
 def fuse_part(module: nn.Module) -> tuple[str, Fused] | None:
-    """Make a module's one-token forward and try it; None where none of the kinds fits."""
+    """Make a module's native forward and try it; None where none of the kinds fits."""
     refusals = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
     for kind, makers in _MAKERS.items():
         for make in makers:
