@@ -87,7 +87,8 @@ Dtype = Annotated[
     str | None,
     typer.Option(
         rich_help_panel=STAGES,
-        help="auto, float32, bfloat16 or float16. auto: bfloat16 where the processor has it.",
+        help="auto, float32, bfloat16 or float16. auto: float32; with eager, bfloat16 where the "
+        "processor has it.",
     ),
 ]
 Threads = Annotated[

@@ -14,13 +14,12 @@ from typing import Any
 
 import torch
 
-from fate_moe import native
 from fate_moe.cache import ExpertTable, make_cache
 from fate_moe.config import Config
 from fate_moe.engine.attach import attach
 from fate_moe.engine.demands import PREFILL_CHUNK_TOKENS
 from fate_moe.engine.handle import Engine
-from fate_moe.engine.plan import Blueprint, draw
+from fate_moe.engine.plan import Blueprint, computes_natively, draw
 from fate_moe.errors import ConfigError, FormatError
 from fate_moe.memory import Arena
 from fate_moe.models.kv_cache import chunks_continue
@@ -75,7 +74,7 @@ def build(
     )
     try:
         how = attach(blueprint, sites, predictor, mover, arena)
-        natively = config.compute.compute != "eager" and native.is_available()
+        natively = computes_natively(config)
         use_native(model, natively)
         if natively:
             _fuse(model, blueprint.context_tokens)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from fate_moe import native
 from fate_moe.budget import MemoryPlan, available_bytes, make_plan
 from fate_moe.cache import make_cache
 from fate_moe.cache.allocation import allocate
@@ -21,6 +22,11 @@ from fate_moe.models.load import Skeleton, choose_dtype, read_skeleton
 from fate_moe.predict import make_predictor
 from fate_moe.store.format import Manifest, read_manifest
 from fate_moe.telemetry import rss_bytes, system_available_bytes
+
+
+def computes_natively(config: Config) -> bool:
+    """Say whether the native core computes what it can: layers, records, most families' experts."""
+    return config.compute.compute != "eager" and native.is_available()
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +91,7 @@ def draw(store: Path, config: Config) -> Blueprint:
     manifest = read_manifest(store)
     _check_int2(manifest, config)
     skeleton = read_skeleton(store)
-    dtype = choose_dtype(config.compute.dtype, skeleton.dtype)
+    dtype = choose_dtype(config.compute.dtype, skeleton.dtype, computes_natively(config))
     context = context_tokens(config.limits, skeleton)
     scored = config.limits.scored_tokens
     need = demands_of(store, manifest, skeleton, dtype, context, scored)

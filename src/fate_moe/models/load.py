@@ -153,16 +153,22 @@ def _check_family(folder: Path) -> None:
         raise ModelError(f"{family}: {REFUSED[family]}: not supported; `fate models` lists what is")
 
 
-def choose_dtype(name: str, saved: torch.dtype) -> torch.dtype:
+def choose_dtype(name: str, saved: torch.dtype, natively: bool) -> torch.dtype:
     """Return the dtype to compute in.
 
-    `auto` keeps the checkpoint's 16-bit type only where the processor multiplies it natively;
-    elsewhere float32, which is faster there and a superset. It depends on the machine, never on
-    the memory budget, so a budget cannot change a token.
+    `auto` keeps the checkpoint's 16-bit type only where torch computes and the processor multiplies
+    it; elsewhere float32, which is faster there, what the native core knows, and a superset. It
+    depends on the machine and the compute path, never on the memory budget, so a budget cannot
+    change a token.
+
+    Args:
+        name: auto, or the dtype itself.
+        saved: the checkpoint's.
+        natively: the native core computes what it can.
     """
     if name != "auto":
         return DTYPES[name]
-    if saved is torch.bfloat16 and _has_native_bfloat16():
+    if saved is torch.bfloat16 and not natively and _has_native_bfloat16():
         return torch.bfloat16
     return torch.float32
 
