@@ -84,7 +84,7 @@ void check_dense(Pool& pool, const char* isa, int width, int inner, bool codes, 
   };
   // A value midway between two codes may go either way.
   compare(got, wanted(x), codes ? 3e-3 : 1e-5, "dense", isa);
-  block.start(pool, x.data());  // left unfinished by an error, and started anew
+  block.start(pool, share.data());  // another token, left unfinished by an error
   block.start(pool, x.data());
   block.finish(pool, memory, got.data());
   compare(got, wanted(x), codes ? 3e-3 : 1e-5, "dense started twice", isa);
