@@ -7,20 +7,24 @@ other work.
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import random
 import re
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import psutil
 from numpy.typing import NDArray
 
+from fate_moe.bench.cgroup import DiskRate
+from fate_moe.bench.process import run_alone
 from fate_moe.bench.readahead import disk_of, read_kib
 from fate_moe.errors import ConfigError
 from fate_moe.memory.arena import HUGE_PAGE, Arena
@@ -32,6 +36,7 @@ DISK_DEPTHS = (1, 4)
 _PAGE = 4096
 _REPEATS = 5
 _DISK_SECONDS = 1.0
+_CARD_SECONDS = 300.0  # more than a card ever takes
 _CPUINFO = Path("/proc/cpuinfo")
 # What kernels for quantized weights are written for.
 _ISA = (
@@ -56,6 +61,7 @@ class Card:
         both_bytes_s: bytes per second from memory and from disk when both are read at once, by all
             cores and one reader; None where the disk was not measured. The reader of a virtual
             disk can be the very cores that compute.
+        disk_limit_bytes_s: what the disk was held to for every program; None: it was not.
     """
 
     cpu: str
@@ -69,6 +75,7 @@ class Card:
     readahead_kib: int | None
     disk_bytes_s: Mapping[str, float]
     both_bytes_s: tuple[float, float] | None = None
+    disk_limit_bytes_s: int | None = None
 
     @property
     def memory_rate(self) -> float:
@@ -113,6 +120,32 @@ def draw_card(files: Sequence[Path], progress: Progress = no_progress) -> Card:
         disk_bytes_s=disk,
         both_bytes_s=both,
     )
+
+
+def draw_limited_card(
+    files: Sequence[Path], disk: DiskRate, progress: Progress = no_progress
+) -> Card:
+    """Measure this machine with its disk held to a rate, in a process of its own.
+
+    Raises:
+        ConfigError: as `draw_card`; or the disk cannot be limited.
+    """
+    progress("measuring memory and the limited disk", 0, 1)
+    command = [sys.executable, "-m", "fate_moe.bench.machine", *map(os.fspath, files)]
+    done = run_alone(command, None, _CARD_SECONDS, disk)
+    progress("measuring memory and the limited disk", 1, 1)
+    if done.code != 0:
+        why = "".join(done.stderr.strip().splitlines()[-1:]) or f"exit code {done.code}"
+        raise ConfigError(f"machine: it could not be measured: {why}")
+    return replace(_read_card(done.stdout), disk_limit_bytes_s=disk.bytes_s)
+
+
+def _read_card(text: str) -> Card:
+    fields = json.loads(text)
+    fields["isa"] = tuple(fields["isa"])
+    fields["memory_bytes_s"] = {int(k): rate for k, rate in fields["memory_bytes_s"].items()}
+    fields["both_bytes_s"] = fields["both_bytes_s"] and tuple(fields["both_bytes_s"])
+    return Card(**fields)
 
 
 def usable_cores() -> int:
@@ -242,3 +275,7 @@ def _processor() -> tuple[str, tuple[str, ...]]:
         name.group(1).strip() if name else platform.machine(),
         tuple(flag for flag in _ISA if flag in flags),
     )
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(asdict(draw_card([Path(name) for name in sys.argv[1:]]))) + "\n")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from fate_moe.bench.cgroup import MemoryGroup
+from fate_moe.bench.cgroup import DiskRate, Group
 
 _MOST_OUTPUT = 1 << 20
 _BLOCK_BYTES = 512  # of ru_inblock
@@ -42,20 +42,29 @@ class Done:
     peak_bytes: int | None
 
 
-def run_alone(command: Sequence[str], limit_bytes: int | None, seconds: float) -> Done:
+def run_alone(
+    command: Sequence[str],
+    limit_bytes: int | None,
+    seconds: float,
+    disk: DiskRate | None = None,
+) -> Done:
     """Run a program to its end, or end it and all that it started.
 
+    Args:
+        limit_bytes: memory for all of it; None: no limit.
+        seconds: until it is ended.
+        disk: how fast it may read; None: no limit.
     Raises:
-        ConfigError: no memory group can be made here.
+        ConfigError: no such group can be made here.
         OSError: the program cannot be started.
     """
-    if limit_bytes is None:
+    if limit_bytes is None and disk is None:
         return _run(list(command), seconds, None)
-    with MemoryGroup(limit_bytes, os.getpid()) as group:
+    with Group(limit_bytes, os.getpid(), disk) as group:
         return _run(group.command(list(command)), seconds, group)
 
 
-def _run(command: list[str], seconds: float, group: MemoryGroup | None) -> Done:
+def _run(command: list[str], seconds: float, group: Group | None) -> Done:
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_inblock
     began_s = time.perf_counter()
     is_late = False

@@ -27,6 +27,18 @@ def disk_of(path: Path) -> Path | None:
     return None
 
 
+def device_of(disk: Path) -> str:
+    """Return a disk's numbers, such as "254:0".
+
+    Raises:
+        ConfigError: it has none.
+    """
+    try:
+        return (disk / "dev").read_text().strip()
+    except OSError as error:
+        raise ConfigError(f"{disk}: {error.strerror or error}") from error
+
+
 def read_kib(disk: Path) -> int | None:
     """Return how far is read ahead, in KiB."""
     try:

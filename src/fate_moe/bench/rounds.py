@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from fate_moe.bench.ceilings import decode_ceiling, prefill_ceiling
+from fate_moe.bench.cgroup import DiskRate
 from fate_moe.bench.machine import Card
 from fate_moe.bench.process import Done, forget_files, run_alone
 from fate_moe.bench.readahead import reading_ahead
@@ -58,6 +59,7 @@ class Bench:
         disk: its folder in /sys; None: readahead is left alone.
         read_bytes: of weights that a token reads.
         threads: computing threads of every rival.
+        rate: what the disk is held to for every rival; None: it is not.
     """
 
     rivals: Sequence[Rival]
@@ -65,6 +67,7 @@ class Bench:
     disk: Path | None
     read_bytes: int
     threads: int
+    rate: DiskRate | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +173,7 @@ def _measure(
     if cell.limit_bytes is not None:
         forget_files(run.rival.files)
     with reading_ahead(bench.disk, run.readahead_kib):
-        done = run_alone(run.setting.command, cell.limit_bytes, form.seconds)
+        done = run_alone(run.setting.command, cell.limit_bytes, form.seconds, bench.rate)
     state, why, reading = _judge(run.rival, cell, done)
     if reading is not None and "bytes_demand" in reading.details:
         moved[key] = _moved_bytes(reading)

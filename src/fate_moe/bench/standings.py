@@ -109,12 +109,17 @@ def card_lines(card: Card) -> list[str]:
             )
         )
     )
+    held = (
+        ""
+        if card.disk_limit_bytes_s is None
+        else f" (held to {card.disk_limit_bytes_s / 1e9:.2f} GB/s for every program)"
+    )
     ahead = "unknown" if card.readahead_kib is None else f"{card.readahead_kib} KiB"
     return [
         f"- processor: {card.cpu}, {card.cores} cores, {' '.join(card.isa) or 'no known SIMD'}",
         f"- memory: {format_bytes(card.ram_bytes)}, reads {memory}",
-        f"- disk: {card.disk or 'none'}, O_DIRECT reads {disk or 'not measured'}{both}; readahead "
-        f"{ahead}",
+        f"- disk: {card.disk or 'none'}{held}, O_DIRECT reads {disk or 'not measured'}{both}; "
+        f"readahead {ahead}",
         f"- system: {card.kernel}, load average before: {card.load_average}",
     ]
 

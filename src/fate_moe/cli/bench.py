@@ -24,6 +24,7 @@ from fate_moe.config import parse_size
 from fate_moe.errors import ConfigError
 
 if TYPE_CHECKING:
+    from fate_moe.bench.cgroup import DiskRate
     from fate_moe.bench.rivals.rival import Rival
     from fate_moe.bench.rounds import Bench, Form, Row
 
@@ -102,6 +103,14 @@ Readahead = Annotated[
         "as 128,8192; put back afterwards. Needs root. Default: the machine's own.",
     ),
 ]  # fmt: skip
+DiskLimit = Annotated[
+    str | None,
+    typer.Option(
+        "--disk", metavar="SIZE", rich_help_panel=WHAT,
+        help="Bytes per second that the models' disk gives to each program, such as 1.2GB: a slow "
+        "disk on a fast machine. Needs root and Linux. Default: the disk as it is.",
+    ),
+]  # fmt: skip
 Threads = Annotated[
     int | None,
     typer.Option(metavar="N", min=1, max=1024, rich_help_panel=WHAT,
@@ -148,6 +157,7 @@ def rivals(
     tokens: Tokens = None,
     time_limit: TimeLimit = None,
     readahead: Readahead = None,
+    disk: DiskLimit = None,
     threads: Threads = None,
     resident_bits: ResidentBits = 4,
     models: Models = None,
@@ -167,6 +177,8 @@ def rivals(
         fate bench rivals --full --llama-bench ./llama-bench --readahead 128,8192
 
         fate bench rivals olmoe-1b-7b --limits none,2GiB --rounds 5 --out olmoe
+
+        fate bench rivals --limits 4GiB --disk 500MB
     """
     if resident_bits not in (4, 8, 16):
         raise ConfigError(f"resident-bits: {resident_bits} is none of 4, 8, 16")
@@ -183,7 +195,8 @@ def rivals(
         kib = () if readahead is None else tuple(parse_kib(readahead))
         _check_limits(form)
         root = models or default_cache_dir() / "bench"
-        bench = _prepare(shape, root, named, resident_bits, threads, progress)
+        rate = None if disk is None else _disk_rate(root, _limit(disk, "disk"))
+        bench = _prepare(shape, root, named, resident_bits, threads, rate, progress)
         if kib and bench.disk is None:
             _tell("readahead stays as it is: it cannot be set here (needs root)")
         form = replace(form, readahead_kib=kib if bench.disk else ())
@@ -206,9 +219,7 @@ def _form(
     gib = 2**30
     sizes: tuple[int | None, ...] = (None, 6 * gib, 4 * gib, 3 * gib) if full else (None, 4 * gib)
     if limits is not None:
-        sizes = tuple(
-            None if part.strip() == "none" else _limit(part) for part in limits.split(",")
-        )
+        sizes = tuple(_limit(part, "limits") for part in limits.split(","))
         if len(set(sizes)) != len(sizes):
             raise ConfigError(f"limits: {limits!r:.80} names one twice")
     return Form(
@@ -221,10 +232,12 @@ def _form(
     )
 
 
-def _limit(text: str) -> int:
-    size = parse_size(text.strip(), "limits")
+def _limit(text: str, what: str) -> int | None:
+    if text.strip() == "none":
+        return None
+    size = parse_size(text.strip().removesuffix("/s"), what)
     if size.count_bytes is None or size.count_bytes < 2**20:
-        raise ConfigError(f"limits: {text!r:.40}: need none or a size from 1MiB, such as 4GiB")
+        raise ConfigError(f"{what}: {text!r:.40}: need none or a size from 1MiB, such as 4GiB")
     return size.count_bytes
 
 
@@ -241,11 +254,12 @@ def _prepare(
     named: dict[str, Path | None],
     resident_bits: int,
     threads: int | None,
+    rate: DiskRate | None,
     progress: TerminalProgress,
 ) -> Bench:
     """Check every program, make the models, measure the machine."""
     from fate_moe.bench.ceilings import token_bytes
-    from fate_moe.bench.machine import draw_card, usable_cores
+    from fate_moe.bench.machine import draw_card, draw_limited_card, usable_cores
     from fate_moe.bench.readahead import disk_of, why_fixed
     from fate_moe.bench.rivals.table import RIVALS, open_rivals
     from fate_moe.bench.rounds import Bench
@@ -259,15 +273,33 @@ def _prepare(
     manifest = write_store(sizes, store, resident_bits=resident_bits, progress=progress)
     if any(path is not None and RIVALS[name].reads_gguf for name, path in named.items()):
         write_gguf(sizes, gguf, progress=progress)
-    card = draw_card(running[0].files, progress)
     disk = disk_of(store)
+    files = running[0].files
+    card = draw_limited_card(files, rate, progress) if rate else draw_card(files, progress)
     return Bench(
         rivals=running,
         card=card,
         disk=None if why_fixed(disk) else disk,
         read_bytes=token_bytes(store, manifest, int(sizes.config().num_experts_per_tok)),
         threads=threads or usable_cores(),
+        rate=rate,
     )
+
+
+def _disk_rate(root: Path, bytes_s: int | None) -> DiskRate | None:
+    """Name the disk of a folder, which may be still to be made, and what it is held to."""
+    from fate_moe.bench.cgroup import DiskRate, unavailable
+    from fate_moe.bench.readahead import device_of, disk_of
+
+    if bytes_s is None:
+        return None
+    disk = disk_of(next(path for path in (root, *root.absolute().parents) if path.exists()))
+    if disk is None:
+        raise ConfigError("disk: the models lie on no disk that could be limited; leave it out")
+    rate = DiskRate(device_of(disk), bytes_s)
+    if reason := unavailable(None, rate):
+        raise ConfigError(reason)
+    return rate
 
 
 def _open_out(out: Path) -> IO[str]:

@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 
 from fate_moe.bench import cgroup, machine, readahead
-from fate_moe.bench.machine import Card, disk_rates, draw_card, memory_rates
+from fate_moe.bench.cgroup import DiskRate, Group
+from fate_moe.bench.machine import (
+    Card,
+    disk_rates,
+    draw_card,
+    draw_limited_card,
+    memory_rates,
+)
+from fate_moe.bench.process import run_alone
 from fate_moe.errors import ConfigError
 
 
@@ -152,9 +160,79 @@ def test_a_group_limits_what_is_inside() -> None:
     hungry = [sys.executable, "-c", "bytearray(200 << 20)"]
     assert subprocess.run(cgroup.limited(hungry, 1 << 30), check=False).returncode == 0
     assert subprocess.run(cgroup.limited(hungry, 64 << 20), check=False).returncode != 0
-    with cgroup.MemoryGroup(1 << 30, os.getpid()) as group:
+    with cgroup.Group(1 << 30, os.getpid()) as group:
         folder = cgroup.group_folder(os.getpid())
         assert folder.is_dir()
         subprocess.run(group.command(hungry), check=True)
         assert (group.peak_bytes() or 0) > 150 << 20
     assert not folder.exists()
+
+
+def rate_of(path: Path, bytes_s: int) -> DiskRate:
+    """Hold the disk of `path` to a rate, or skip the test where none can be held."""
+    folder = readahead.disk_of(path)
+    if folder is None:
+        pytest.skip("no disk here")
+    rate = DiskRate(readahead.device_of(folder), bytes_s)
+    if reason := cgroup.unavailable(None, rate):
+        pytest.skip(reason)
+    return rate
+
+
+READ = """
+import os, sys, time, mmap
+file = os.open(sys.argv[1], os.O_RDONLY | os.O_DIRECT)
+buffer, began = mmap.mmap(-1, 1 << 20), time.perf_counter()
+for place in range(0, 5 << 20, 1 << 20):
+    os.preadv(file, [buffer], place)
+print(time.perf_counter() - began)
+"""
+
+
+def test_a_group_holds_the_disk_to_a_rate(big_file: Path) -> None:
+    if not disk_rates(big_file, seconds=0.01):
+        pytest.skip("no O_DIRECT on this file system")
+    command = [sys.executable, "-c", READ, str(big_file)]
+    rate = rate_of(big_file, 8 << 20)
+    for limit_bytes in (None, 1 << 30):  # alone, and beside a limit of memory
+        done = run_alone(command, limit_bytes, 60, rate)
+        assert float(done.stdout) > 0.4, done
+        assert (done.peak_bytes is None) == (limit_bytes is None)
+
+
+def test_a_card_of_a_limited_disk(big_file: Path) -> None:
+    rate = rate_of(big_file, 64 << 20)
+    card = draw_limited_card([big_file], rate)
+    assert card.disk_limit_bytes_s == 64 << 20
+    assert all(0 < have < 96 << 20 for have in card.disk_bytes_s.values())
+    assert card.cores == len(os.sched_getaffinity(0))
+    assert sorted(card.memory_bytes_s) == sorted({1, card.cores})
+
+
+def test_a_machine_that_cannot_be_measured_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="machine: it could not be measured: .*absent"):
+        draw_limited_card([tmp_path / "absent"], rate_of(tmp_path, 1 << 20))
+
+
+def test_both_limits_in_one_group_of_version_2(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "cgroup.controllers").touch()
+    monkeypatch.setattr(cgroup, "_V2", tmp_path)
+    group = Group(1 << 30, 7, DiskRate("254:0", 1000))
+    assert (tmp_path / "fate-7" / "io.max").read_text() == "254:0 rbps=1000"
+    assert (tmp_path / "fate-7" / "memory.max").read_text() == str(1 << 30)
+    assert group.command(["true"])[4:] == [str(tmp_path / "fate-7" / "cgroup.procs"), "--", "true"]
+
+
+def test_a_disk_that_cannot_be_limited_leaves_nothing(tmp_path: Path) -> None:
+    if reason := cgroup.unavailable():
+        pytest.skip(reason)
+    with pytest.raises(ConfigError, match="disk limit: .*(or measure the disk as it is|mounted)"):
+        Group(1 << 30, os.getpid(), DiskRate("0:0", 1000))
+    assert not cgroup.group_folder(os.getpid()).exists()
+
+
+def test_a_disk_without_numbers_is_one_line(disk: Path) -> None:
+    with pytest.raises(ConfigError, match="No such file"):
+        readahead.device_of(disk)

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from fate_moe.bench import cgroup
+from fate_moe.bench import cgroup, readahead
+from fate_moe.bench.cgroup import DiskRate
 from fate_moe.cli import app, bench  # noqa: F401
 from tests.unit.cli.test_commands import refused
 
@@ -52,6 +53,8 @@ def test_the_tiny_shape_alone(tmp_path: Path) -> None:
         (["tiny", "--resident-bits", "5"], "resident-bits: 5 is none of 4, 8, 16"),
         (["tiny", "--limits", "50%"], "limits: '50%': need none or a size"),
         (["tiny", "--limits", "none,none"], "limits: .* names one twice"),
+        (["tiny", "--disk", "fast"], "disk: cannot read 'fast'"),
+        (["tiny", "--disk", "9kB"], "disk: '9kB': need none or a size"),
         (["tiny", "--readahead", "far"], "readahead: 'far': need numbers of KiB"),
         (["tiny", "--llama-bench", "/no/llama-bench"], "--llama-bench: /no/llama-bench: no such"),
         (["tiny", "--ik-llama-bench", "/bin/echo"], "--ik-llama-bench: .*is no llama-bench"),
@@ -62,6 +65,30 @@ def test_bad_input_is_one_line(tmp_path: Path, arguments: list[str], message: st
     limits = [] if "--limits" in arguments else ["--limits", "none"]
     refused(rivals(*given, *limits), message)
     assert not list(tmp_path.iterdir())  # refused before anything was made
+
+
+def test_a_disk_held_to_a_rate(tmp_path: Path) -> None:
+    disk = readahead.disk_of(tmp_path)
+    if disk is None or cgroup.unavailable(None, DiskRate(readahead.device_of(disk), 1 << 30)):
+        pytest.skip("no disk can be limited here")
+    result = rivals(
+        "tiny", "--limits", "none", "--prompt", "24", "--tokens", "6", "--resident-bits", "16",
+        "--disk", "100MB/s", "--models", str(tmp_path / "models"), "--out", str(tmp_path / "out"),
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    card = json.loads((tmp_path / "out" / "card.json").read_text())
+    assert card["disk_limit_bytes_s"] == 100_000_000
+    assert max(card["disk_bytes_s"].values()) < 150_000_000
+    assert "(held to 0.10 GB/s for every program)" in result.stdout
+
+
+def test_a_disk_that_cannot_be_held_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cgroup, "_disk_root", lambda: None)
+    result = rivals("tiny", "--limits", "none", "--disk", "1GB", "--models", str(tmp_path))
+    refused(result, "disk limit: no controller|disk: the models lie on no disk")
+    assert not list(tmp_path.iterdir())
 
 
 def test_no_right_to_limit_memory_is_one_line(
