@@ -7,6 +7,7 @@ in one function. Knows no family, no file format and no policy.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,7 +15,17 @@ from torch import Tensor
 from fate_moe.compute import RoutedSum
 from fate_moe.predict import Predictor
 from fate_moe.prefetch.mover import Mover
-from fate_moe.types import Phase, Prediction
+from fate_moe.types import Choice, Prediction
+
+
+class Observer(Protocol):
+    """Is told what happens in every layer; changes nothing."""
+
+    def asked(self, layer: int, gate_input: Tensor, guess: Prediction | None) -> None:
+        """See a gate input [T, D] before its router does, and the guess for the next layer."""
+
+    def chose(self, choice: Choice) -> None:
+        """See what the router chose."""
 
 
 class MoELayer:
@@ -34,10 +45,13 @@ class MoELayer:
         self._mover = mover
         self._experts = experts
         self._guess: Prediction | None = None
+        self.observer: Observer | None = None
 
     def before_router(self, gate_input: Tensor) -> None:
         """Guess the next layer's experts from this layer's gate input, [T, D]."""
         self._guess = self._predictor.next(self.layer, gate_input)
+        if self.observer is not None:
+            self.observer.asked(self.layer, gate_input, self._guess)
 
     def forward(
         self,
@@ -54,25 +68,28 @@ class MoELayer:
             beside: what else there is to compute; nothing. Done once needs are announced, so while
                 threads read missing experts (small ones in decode wait: see `Mover`).
         """
-        phase = Phase.PREFILL if x.shape[0] > 1 else Phase.DECODE
-        with self._mover.lease(self.layer, self._needed(topk_ids), phase) as arriving:
+        with self._mover.lease(self._choice(topk_ids)) as arriving:
             self._mover.speculate(self._guess)  # after the demand: a guess only gets idle link time
             beside()
             return self._experts(x, topk_ids, topk_weights, arriving)
 
-    def _needed(self, topk_ids: Tensor) -> list[int]:
-        needed = distinct(topk_ids, self._num_experts)
-        self._predictor.learn(self.layer, needed)
-        return needed
+    def _choice(self, topk_ids: Tensor) -> Choice:
+        choice = choice_of(self.layer, topk_ids, self._num_experts)
+        self._predictor.learn(self.layer, choice.experts)
+        if self.observer is not None:
+            self.observer.chose(choice)
+        return choice
 
 
-def distinct(topk_ids: Tensor, num_experts: int) -> list[int]:
+def choice_of(layer: int, topk_ids: Tensor, num_experts: int) -> Choice:
     """Return the distinct experts of [T, K] ids, most tokens first, then ascending id.
 
     An id from E on means no expert, as in transformers.
     """
-    if len(topk_ids) == 1:  # no expert twice; torch's way takes a hundred microseconds
-        return sorted(expert for expert in topk_ids[0].tolist() if expert < num_experts)
-    experts, tokens = torch.unique(topk_ids, return_counts=True)
-    ranked: list[int] = experts[tokens.argsort(descending=True, stable=True)].tolist()
-    return [expert for expert in ranked if expert < num_experts]
+    tokens = len(topk_ids)
+    if tokens == 1:  # no expert twice; torch's way takes a hundred microseconds
+        chosen = sorted(expert for expert in topk_ids[0].tolist() if expert < num_experts)
+        return Choice(layer, chosen, 1)
+    counts = torch.bincount(topk_ids.flatten(), minlength=num_experts)[:num_experts]  # [E]
+    order = counts.argsort(descending=True, stable=True)[: int((counts > 0).sum())]
+    return Choice(layer, order.tolist(), tokens, counts[order].tolist())

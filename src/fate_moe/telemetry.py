@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 
 from fate_moe.config import format_bytes
-from fate_moe.types import Phase
+from fate_moe.types import Phase, Prediction
 
 
 @dataclass(slots=True)
@@ -48,6 +48,13 @@ class Counts:
     def recall_top_k(self) -> float | None:
         """Recall when only as many experts are guessed as the router takes."""
         return _ratio(self.core_hit, self.recall_of)
+
+    def add_guess(self, guess: Prediction, asked: Sequence[int]) -> None:
+        """Count how much of what a router asked for was guessed; `asked` are distinct ids."""
+        experts = set(asked)
+        self.recall_of += len(experts)
+        self.recall_hit += len(experts.intersection(guess.ranked))
+        self.core_hit += len(experts.intersection(guess.ranked[: guess.core]))
 
     def add(self, other: Counts) -> None:
         """Add another's sums to these."""
@@ -231,7 +238,11 @@ def counts_json(counts: Counts) -> dict[str, object]:
 
 
 def per_layer_json(telemetry: Telemetry, capacities: Sequence[int]) -> list[dict[str, object]]:
-    """Return one row per MoE layer with its capacity and counts, both phases together."""
+    """Return one row per MoE layer with its counts, both phases together.
+
+    Args:
+        capacities: slots of each layer's region, [L]; layers that share one show all of it.
+    """
     return [
         {"layer": i, "capacity": c, **counts_json(telemetry.total(layer=i))}
         for i, c in enumerate(capacities)

@@ -5,7 +5,7 @@ The words of GLOSSARY.md as types. Standard library only; every other module may
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple, Protocol
@@ -26,6 +26,28 @@ class Phase(Enum):
 
     PREFILL = "prefill"
     DECODE = "decode"
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What the router of one layer chose in one step.
+
+    Attributes:
+        layer: the MoE layer, in [0, L).
+        experts: distinct ids; requests come in this order.
+        tokens: T of the step; one token is decode, more are prefill.
+        counts: tokens of each expert; None = one each.
+    """
+
+    layer: int
+    experts: Sequence[int]
+    tokens: int = 1
+    counts: Sequence[int] | None = None
+
+    @property
+    def phase(self) -> Phase:
+        """What the counts are booked under."""
+        return Phase.PREFILL if self.tokens > 1 else Phase.DECODE
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from fate_moe.cache import CACHES, make_cache
 from fate_moe.cache.policy import EvictionPolicy
 from fate_moe.errors import ConfigError
-from fate_moe.types import ExpertKey
+from fate_moe.types import Choice, ExpertKey, Prediction
 
 requests = st.lists(st.integers(0, 9), max_size=120)
 
@@ -62,6 +62,43 @@ def test_choosing_a_victim_changes_nothing(name: str) -> None:
     assert policy.victim(new, lambda _: True) == policy.victim(new, lambda _: True)
 
 
+@given(
+    steps=st.lists(
+        st.tuples(
+            st.integers(0, 1), st.lists(st.integers(0, 9), max_size=5, unique=True),
+            st.integers(1, 3),
+        ),
+        max_size=40,
+    ),
+    capacity=st.integers(1, 10),
+)  # fmt: skip
+@pytest.mark.parametrize("name", sorted(CACHES))
+def test_whole_steps_of_several_layers_and_guesses_for_them(
+    name: str, steps: list[tuple[int, list[int], int]], capacity: int
+) -> None:
+    policy = make_cache(name, capacity)
+    resident: set[ExpertKey] = set()
+    for layer, experts, tokens in steps:
+        policy.expect(Prediction(layer, tuple(experts[:2]), 1))
+        counts = None if tokens == 1 else [1] * len(experts)
+        policy.begin(Choice(layer, experts, tokens, counts))
+        asked = {ExpertKey(layer, expert) for expert in experts}
+        for key in asked:
+            if key in resident:
+                policy.hit(key)
+                continue
+            policy.miss(key)
+            if len(resident) == capacity:
+                victim = policy.victim(key, lambda old, asked=asked: old not in asked)
+                if victim is None or not policy.admits(key, victim):
+                    continue
+                assert victim in resident - asked
+                policy.evict(victim)
+                resident.remove(victim)
+            policy.admit(key)
+            resident.add(key)
+
+
 def _admit(policy: EvictionPolicy, key: ExpertKey) -> None:
     policy.miss(key)
     policy.admit(key)
@@ -87,5 +124,5 @@ def test_a_forgotten_expert_is_gone(name: str) -> None:
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"'lfuu' is none of arc, lru"):
+    with pytest.raises(ConfigError, match=r"'lfuu' is none of arc, guarded, lfru, .*lru"):
         make_cache("lfuu", 3)

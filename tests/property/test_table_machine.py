@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from fate_moe.cache import Entry, ExpertTable, make_cache
+from fate_moe.cache.allocation import Regions
 from fate_moe.types import ExpertKey
 
 LAYERS, EXPERTS = 3, 6
@@ -14,7 +15,7 @@ keys = st.builds(ExpertKey, st.integers(0, LAYERS - 1), st.integers(0, EXPERTS -
 class TableMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.table = ExpertTable([3, 0, 2], 3, lambda c: make_cache("arc", c))
+        self.table = ExpertTable(Regions.per_layer([3, 0, 2]), 3, lambda c: make_cache("arc", c))
         self.in_flight: list[Entry] = []
         self.locked: list[Entry] = []
 

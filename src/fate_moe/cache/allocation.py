@@ -7,6 +7,7 @@ Invariants: the sum is at most the slots given; no layer gets more slots than it
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from fate_moe.errors import ConfigError
 
@@ -67,6 +68,54 @@ def shallow(experts: Sequence[int], slots: int, shallow_layers: int) -> list[int
 ALLOCATIONS: dict[str, Allocation] = {"even": even, "shallow": shallow}
 
 
+SHARED = "global"
+"""All layers share one region."""
+
+
+class Regions(NamedTuple):
+    """Slots that share one fate.
+
+    Attributes:
+        capacities: slots of each region, [R].
+        of_layer: the region of each layer, [L].
+    """
+
+    capacities: tuple[int, ...]
+    of_layer: tuple[int, ...]
+
+    @classmethod
+    def per_layer(cls, capacities: Sequence[int]) -> Regions:
+        """Give each layer a region of its own."""
+        return cls(tuple(capacities), tuple(range(len(capacities))))
+
+    @property
+    def slots(self) -> int:
+        """All of them."""
+        return sum(self.capacities)
+
+    @property
+    def of_layers(self) -> list[int]:
+        """Slots of each layer's region, [L]."""
+        return [self.capacities[region] for region in self.of_layer]
+
+    def holds_whole(self, layer: int, experts: Sequence[int]) -> bool:
+        """Say whether all experts of a layer's region fit; `experts` is E of each layer, [L]."""
+        own = self.of_layer[layer]
+        inside = (n for n, region in zip(experts, self.of_layer, strict=True) if region == own)
+        return self.capacities[own] >= sum(inside)
+
+
+def make_regions(name: str, experts: Sequence[int], slots: int, shallow_layers: int) -> Regions:
+    """Share slots out by the allocation called `name`: a region per layer, or one for all.
+
+    Raises:
+        ConfigError: no such allocation.
+    """
+    if name == SHARED:
+        return Regions((min(slots, sum(experts)),), (0,) * len(experts))
+    return Regions.per_layer(allocate(name, experts, slots, shallow_layers))
+
+
 def allocate(name: str, experts: Sequence[int], slots: int, shallow_layers: int) -> list[int]:
     """Run the allocation called `name`.
 
@@ -74,5 +123,6 @@ def allocate(name: str, experts: Sequence[int], slots: int, shallow_layers: int)
         ConfigError: no such allocation.
     """
     if name not in ALLOCATIONS:
-        raise ConfigError(f"allocation: {name!r} is none of {', '.join(sorted(ALLOCATIONS))}")
+        known = ", ".join(sorted([*ALLOCATIONS, SHARED]))
+        raise ConfigError(f"allocation: {name!r} is none of {known}")
     return ALLOCATIONS[name](experts, slots, shallow_layers)

@@ -9,13 +9,13 @@ oldest that may go is taken instead, first of the same list, then of the other.
 
 from __future__ import annotations
 
-from fate_moe.cache.policy import Evictable
+from fate_moe.cache.policy import Evictable, EvictionPolicy
 from fate_moe.types import ExpertKey
 
 _List = dict[ExpertKey, None]  # oldest first
 
 
-class ARC:
+class ARC(EvictionPolicy):
     """Balance recency (T1) against frequency (T2) by what the ghosts (B1, B2) say. O(1) a request.
 
     Invariants: |T1| + |T2| <= c, |T1| + |B1| <= c, all four together <= 2c, 0 <= p <= c.

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from fate_moe.cache.policy import Evictable
+from fate_moe.cache.policy import Evictable, EvictionPolicy
 from fate_moe.types import ExpertKey
 
 
-class LRU:
+class LRU(EvictionPolicy):
     """Evict the expert asked for longest ago. Cost: O(1) a request."""
 
     def __init__(self, capacity_slots: int) -> None:
@@ -16,9 +16,6 @@ class LRU:
     def hit(self, key: ExpertKey) -> None:
         del self._order[key]
         self._order[key] = None
-
-    def miss(self, key: ExpertKey) -> None:
-        pass
 
     def victim(self, key: ExpertKey, evictable: Evictable) -> ExpertKey | None:
         return next((old for old in self._order if evictable(old)), None)

@@ -2,28 +2,34 @@
 
 A policy orders the resident experts of one region (the slots that share one fate; the default is
 one region per MoE layer). It holds no bytes and no slots; the table owns those and tells the
-policy what happened. A policy never sees a guess: only what the router chose.
-
-One request for `key` is, in this order:
+policy what happened. What the router chose comes first, for a whole step; then each request:
     resident:      hit(key)
-    not resident:  miss(key), then, where the region is full, victim(key, evictable) and
-                   evict(victim), then admit(key)
+    not resident:  miss(key), then, where the region is full, victim(key, evictable) and, where
+                   `admits`, evict(victim), then admit(key)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
-from typing import Protocol
 
 from fate_moe.errors import ConfigError
-from fate_moe.types import ExpertKey
+from fate_moe.types import Choice, ExpertKey, Prediction
 
 Evictable = Callable[[ExpertKey], bool]
 
 
-class EvictionPolicy(Protocol):
-    """The verbs every policy file implements; each is O(1) beside the locked entries it skips."""
+class EvictionPolicy:
+    """The verbs of a policy; those that a policy does not define mean nothing to it.
+
+    Each is O(1) beside the locked entries it skips, unless the policy says otherwise.
+    """
+
+    def begin(self, choice: Choice) -> None:
+        """Learn all that a router chose in a step, before the requests for it."""
+
+    def expect(self, prediction: Prediction) -> None:
+        """Learn which experts are guessed to be asked for next, in place of earlier guesses."""
 
     def hit(self, key: ExpertKey) -> None:
         """Learn that a resident expert was asked for."""
@@ -33,6 +39,11 @@ class EvictionPolicy(Protocol):
 
     def victim(self, key: ExpertKey, evictable: Evictable) -> ExpertKey | None:
         """Choose who makes room for `key`; None when nothing is evictable. Changes nothing."""
+        raise NotImplementedError
+
+    def admits(self, key: ExpertKey, victim: ExpertKey) -> bool:
+        """Say whether `key` is worth the victim's slot. Where not, a spare one may do for now."""
+        return True
 
     def evict(self, key: ExpertKey) -> None:
         """Learn that `key` left the region."""
@@ -47,7 +58,12 @@ class EvictionPolicy(Protocol):
 # name -> module path and class; a path, not the class, so that naming one costs no import.
 CACHES: dict[str, str] = {
     "arc": "fate_moe.cache.arc:ARC",
+    "guarded": "fate_moe.cache.guarded:Guarded",
+    "lfru": "fate_moe.cache.lfru:LFRU",
+    "lfu": "fate_moe.cache.lfu:LFU",
     "lru": "fate_moe.cache.lru:LRU",
+    "s3fifo": "fate_moe.cache.s3fifo:S3FIFO",
+    "transition": "fate_moe.cache.transition:Transition",
 }
 
 

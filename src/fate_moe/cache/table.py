@@ -4,9 +4,9 @@ The pure half of the mover: keys and slot numbers, no bytes, no threads, no torc
 lock around every call.
 
 Slots are alike; what differs is what a slot counts as:
-    region   the share of one MoE layer; ordered by that layer's eviction policy
+    region   the share of one MoE layer, or of all; ordered by the region's eviction policy
     spare    the rest; holds guesses, and for the time of their lease demanded experts that find no
-             room in their region
+             room in their region or are not worth anyone's place there
 A guess always lands in a spare slot, so it never evicts an expert that the router chose. When the
 router confirms it, the slot is counted to the region from then on (adopt), and the region's victim
 gives a slot back: no bytes move.
@@ -18,12 +18,13 @@ capacities; spare entries are within `spare_slots`; a locked entry is never evic
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from fate_moe.cache.allocation import Regions
 from fate_moe.cache.policy import EvictionPolicy
 from fate_moe.errors import CacheError
-from fate_moe.types import ExpertKey
+from fate_moe.types import Choice, ExpertKey, Prediction
 
 
 @dataclass(slots=True, eq=False)
@@ -54,39 +55,48 @@ class ExpertTable:
 
     def __init__(
         self,
-        capacities: Sequence[int],
+        regions: Regions,
         spare_slots: int,
         make_policy: Callable[[int], EvictionPolicy],
     ) -> None:
-        """Share out `sum(capacities) + spare_slots` slots.
+        """Share out `regions.slots + spare_slots` slots.
 
         Args:
-            capacities: slots of each layer's region, [L]; 0 is allowed.
+            regions: slots of each region; 0 is allowed.
             spare_slots: slots for guesses and overflow.
             make_policy: builds the eviction policy of a region, given its capacity.
         """
-        self.capacities = tuple(capacities)
+        self.regions = regions
         self.spare_slots = spare_slots
         self.evictions = 0
         self.on_drop: Callable[[Entry], None] = lambda entry: None
         self._make_policy = make_policy
-        self._policies = [make_policy(c) for c in capacities]
-        self._used = [0] * len(self.capacities)
+        self._of_layer = regions.of_layer
+        self._policies = [make_policy(c) for c in regions.capacities]
+        self._used = [0] * len(regions.capacities)
         self._entries: dict[ExpertKey, Entry] = {}
         self._spare: dict[ExpertKey, Entry] = {}  # oldest first
-        self._free = deque(range(sum(capacities) + spare_slots))
+        self._free = deque(range(regions.slots + spare_slots))
 
     def emptied(self) -> ExpertTable:
         """Return a table of the same shape in which nothing is resident or learned."""
-        return ExpertTable(self.capacities, self.spare_slots, self._make_policy)
+        return ExpertTable(self.regions, self.spare_slots, self._make_policy)
 
     def get(self, key: ExpertKey) -> Entry | None:
         """Return the entry of `key`, resident or in flight, or None."""
         return self._entries.get(key)
 
+    def begin(self, choice: Choice) -> None:
+        """Tell the policy all that a router chose in a step, before the requests for it."""
+        self._policy(choice.layer).begin(choice)
+
+    def expect(self, prediction: Prediction) -> None:
+        """Tell the policy which experts of a layer are guessed to be asked for next."""
+        self._policy(prediction.layer).expect(prediction)
+
     def touch(self, entry: Entry) -> None:
         """Tell the policy that the router chose an expert that has a slot."""
-        key, policy = entry.key, self._policies[entry.key.layer]
+        key, policy = entry.key, self._policy(entry.key.layer)
         entry.used = True
         if not entry.spare:
             policy.hit(key)
@@ -97,10 +107,10 @@ class ExpertTable:
 
     def note_miss(self, key: ExpertKey) -> None:
         """Tell the policy, once per request, that the router chose an expert without a slot."""
-        self._policies[key.layer].miss(key)
+        self._policy(key.layer).miss(key)
 
     def place_demand(self, key: ExpertKey) -> Entry | None:
-        """Give a demanded expert a slot: of its region, else a spare one.
+        """Give a demanded expert a slot: of its region if it is worth one, else a spare one.
 
         Returns:
             The new entry, in flight, used, unlocked; None when every slot that could serve is
@@ -112,6 +122,9 @@ class ExpertTable:
         elif self._room_in_spare(lambda old: True):
             entry = Entry(key, self._free.popleft(), spare=True, used=True)
             self._spare[key] = entry
+        elif self._room_in_region(key, at_any_cost=True):
+            entry = Entry(key, self._free.popleft(), used=True)
+            self._join_region(entry)
         else:
             return None
         self._entries[key] = entry
@@ -141,7 +154,8 @@ class ExpertTable:
 
     def place_resident(self, key: ExpertKey) -> Entry | None:
         """Give an expert a free slot of its region before any request (preload), or None."""
-        if self._used[key.layer] >= self.capacities[key.layer]:
+        region = self._of_layer[key.layer]
+        if self._used[region] >= self.regions.capacities[region]:
             return None
         entry = Entry(key, self._free.popleft())
         self._join_region(entry)
@@ -153,8 +167,8 @@ class ExpertTable:
         if entry.spare:
             del self._spare[entry.key]
         else:
-            self._policies[entry.key.layer].forget(entry.key)
-            self._used[entry.key.layer] -= 1
+            self._policy(entry.key.layer).forget(entry.key)
+            self._used[self._of_layer[entry.key.layer]] -= 1
         self._release_slot(entry)
 
     def entries(self) -> list[Entry]:
@@ -168,13 +182,14 @@ class ExpertTable:
             CacheError: one is broken; names it.
         """
         slots = [e.slot for e in self._entries.values()] + list(self._free)
-        total = sum(self.capacities) + self.spare_slots
+        total = self.regions.slots + self.spare_slots
         if sorted(slots) != list(range(total)):
             raise CacheError(f"slots: {total} exist, {len(slots)} accounted for, or one twice")
-        for layer, capacity in enumerate(self.capacities):
-            used = sum(not e.spare and k.layer == layer for k, e in self._entries.items())
-            if used != self._used[layer] or used > capacity:
-                raise CacheError(f"layer {layer}: {used} slots used, {capacity} allowed")
+        homes = [self._of_layer[k.layer] for k, e in self._entries.items() if not e.spare]
+        for region, capacity in enumerate(self.regions.capacities):
+            used = homes.count(region)
+            if used != self._used[region] or used > capacity:
+                raise CacheError(f"region {region}: {used} slots used, {capacity} allowed")
         spare = [k for k, e in self._entries.items() if e.spare]
         if set(spare) != set(self._spare) or len(spare) > self.spare_slots:
             raise CacheError(f"spare: {len(spare)} slots used, {self.spare_slots} allowed")
@@ -184,15 +199,19 @@ class ExpertTable:
         if entry.spare and entry.used and entry.resident and not entry.locks:
             self.drop(entry)
 
-    def _room_in_region(self, key: ExpertKey) -> bool:
-        layer = key.layer
-        if self._used[layer] < self.capacities[layer]:
+    def _policy(self, layer: int) -> EvictionPolicy:
+        return self._policies[self._of_layer[layer]]
+
+    def _room_in_region(self, key: ExpertKey, at_any_cost: bool = False) -> bool:
+        region = self._of_layer[key.layer]
+        if self._used[region] < self.regions.capacities[region]:
             return True
-        victim = self._policies[layer].victim(key, self._is_evictable)
-        if victim is None:
+        policy = self._policies[region]
+        victim = policy.victim(key, self._is_evictable)
+        if victim is None or not (at_any_cost or policy.admits(key, victim)):
             return False
-        self._policies[layer].evict(victim)
-        self._used[layer] -= 1
+        policy.evict(victim)
+        self._used[region] -= 1
         self.evictions += 1
         self._release_slot(self._entries[victim])
         return True
@@ -212,8 +231,8 @@ class ExpertTable:
         return entry.resident and not entry.locks
 
     def _join_region(self, entry: Entry) -> None:
-        self._policies[entry.key.layer].admit(entry.key)
-        self._used[entry.key.layer] += 1
+        self._policy(entry.key.layer).admit(entry.key)
+        self._used[self._of_layer[entry.key.layer]] += 1
 
     def _adopt(self, entry: Entry) -> None:
         del self._spare[entry.key]

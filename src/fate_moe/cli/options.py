@@ -54,10 +54,18 @@ PredictorName = Annotated[
     typer.Option("--predictor", rich_help_panel=STAGES, help="cross_layer, history, or none."),
 ]
 CacheName = Annotated[
-    str | None, typer.Option("--cache", rich_help_panel=STAGES, help="arc or lru.")
+    str | None,
+    typer.Option(
+        "--cache",
+        rich_help_panel=STAGES,
+        help="transition, arc (the paper's), lru, lfu, lfru, s3fifo or guarded.",
+    ),
 ]
 AllocationName = Annotated[
-    str | None, typer.Option("--allocation", rich_help_panel=STAGES, help="shallow or even.")
+    str | None,
+    typer.Option(
+        "--allocation", rich_help_panel=STAGES, help="shallow (the paper's), even or global."
+    ),
 ]
 Percentile = Annotated[
     float | None,

@@ -48,9 +48,11 @@ def attach(
     predictor: Predictor,
     mover: Mover,
     arena: Arena,
-) -> ComputePath:
+) -> tuple[ComputePath, list[MoELayer]]:
     """Let the model of `sites` compute its experts from the arena's slots.
 
+    Returns:
+        How they are computed, and the layers, [L].
     Raises:
         FormatError: a layer's records are not what the manifest says.
         NativeUnavailable, ConfigError: native was asked for and cannot be had.
@@ -68,10 +70,12 @@ def attach(
         sums = _native_sums(blueprint, sites, own, arena)
     else:
         sums = _eager_sums(blueprint, sites, own, arena)
+    moe_layers = []
     for index, (site, experts) in enumerate(zip(sites, sums, strict=True)):
         layer = MoELayer(index, site.num_experts, predictor, mover, experts)
         site.attach(layer.forward, layer.before_router)
-    return path
+        moe_layers.append(layer)
+    return path, moe_layers
 
 
 def _choose(asked: str, sites: list[MoESite], layouts: list[RecordLayout]) -> ComputePath:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from fate_moe.cache import ExpertTable, make_cache
+from fate_moe.cache.allocation import Regions
 from fate_moe.config import Config
 from fate_moe.engine.attach import attach
 from fate_moe.engine.demands import PREFILL_CHUNK_TOKENS
@@ -73,7 +74,7 @@ def build(
         window=config.prefetch.window,
     )
     try:
-        how = attach(blueprint, sites, predictor, mover, arena)
+        how, layers = attach(blueprint, sites, predictor, mover, arena)
         natively = computes_natively(config)
         use_native(model, natively)
         if natively:
@@ -82,8 +83,8 @@ def build(
     except BaseException:
         _stop(mover, reader)
         raise
-    blind = sum(site.askable is None for site in sites)
-    engine = Engine(blueprint, model, mover, reader, how, blind, earlier_peak)
+    routers = [site.askable for site in sites]
+    engine = Engine(blueprint, model, mover, reader, how, layers, routers, earlier_peak)
     model.fate = engine
     # Whoever calls `model.generate` gets the plan's bounds too.
     if chunks_continue(model):
@@ -115,14 +116,14 @@ def _open_reader(blueprint: Blueprint) -> RecordReader:
     )
 
 
-def _preload(blueprint: Blueprint, regions: list[int], mover: Mover, progress: Progress) -> None:
+def _preload(blueprint: Blueprint, regions: Regions, mover: Mover, progress: Progress) -> None:
     # Layers that are resident as a whole never need a policy: fill them now. The others fill
     # with what the router really chooses.
     whole = [
         ExpertKey(layer, expert)
-        for layer, (have, need) in enumerate(zip(regions, blueprint.experts, strict=True))
-        if have == need
-        for expert in range(need)
+        for layer, count in enumerate(blueprint.experts)
+        if regions.holds_whole(layer, blueprint.experts)
+        for expert in range(count)
     ]
     if whole:
         mover.preload(whole, lambda done: progress("loading experts", done, len(whole)))

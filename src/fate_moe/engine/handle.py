@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,8 @@ from fate_moe.engine.attach import ComputePath
 from fate_moe.engine.plan import Blueprint
 from fate_moe.models.quantized import is_native
 from fate_moe.models.records import resident_bits
+from fate_moe.moe import MoELayer
+from fate_moe.predict import Router
 from fate_moe.prefetch.mover import Mover
 from fate_moe.store.format import Manifest
 from fate_moe.store.reader import RecordReader
@@ -26,7 +29,8 @@ class Engine:
         mover: the tables, the reads and their counts.
         reader: the store's reader.
         compute: how its experts are computed.
-        blind_layers: layers whose router cannot be asked from its gate input alone.
+        layers: the MoE layers, [L].
+        routers: their routers, [L]; None where one cannot be asked from its gate input alone.
         earlier_peak_bytes: most memory the process had held before this engine was planned.
     """
 
@@ -35,7 +39,8 @@ class Engine:
     mover: Mover
     reader: RecordReader
     compute: ComputePath
-    blind_layers: int
+    layers: Sequence[MoELayer]
+    routers: Sequence[Router | None]
     earlier_peak_bytes: int
 
     @property
@@ -61,10 +66,10 @@ class Engine:
                 "in prefill the least popular experts (at most "
                 f"{config.compute.int2_share:.0%} of the routed tokens) computed from two bits"
             )
-        if self.blind_layers and config.predict.predictor == "cross_layer":
+        blind = sum(router is None for router in self.routers)
+        if blind and config.predict.predictor == "cross_layer":
             parts.append(
-                f"{self.blind_layers} layers guessed from history: their router needs more than a "
-                "gate input"
+                f"{blind} layers guessed from history: their router needs more than a gate input"
             )
         return "; ".join(parts)
 
@@ -120,7 +125,7 @@ class Engine:
             peak_rss_bytes=peak_rss_bytes(),
             earlier_peak_bytes=self.earlier_peak_bytes,
             phases={phase.value: counts_json(telemetry.total(phase)) for phase in Phase},
-            per_layer=per_layer_json(telemetry, table.capacities),
+            per_layer=per_layer_json(telemetry, table.regions.of_layers),
         )
 
     def reset(self) -> None:

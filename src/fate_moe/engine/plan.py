@@ -13,7 +13,7 @@ import torch
 from fate_moe import native
 from fate_moe.budget import MemoryPlan, available_bytes, make_plan
 from fate_moe.cache import make_cache
-from fate_moe.cache.allocation import allocate
+from fate_moe.cache.allocation import Regions, make_regions
 from fate_moe.compute import make_low_experts
 from fate_moe.config import Config
 from fate_moe.engine.demands import context_tokens, demands_of
@@ -55,13 +55,13 @@ class Blueprint:
         """Experts of each layer, [L]."""
         return [layer.num_experts for layer in self.manifest.layers]
 
-    def share_out(self, guess_width: int) -> tuple[list[int], int]:
-        """Split the slots into one region per layer and the spare ones.
+    def share_out(self, guess_width: int) -> tuple[Regions, int]:
+        """Split the slots into regions and the spare ones.
 
         Args:
             guess_width: most experts guessed for one layer in decode, 0 without a predictor.
         Returns:
-            Capacity of each layer's region, [L], and the spare slots.
+            The regions, and the spare slots.
         """
         slots, cache = self.memory.slots, self.config.cache
         spare = 0
@@ -70,8 +70,8 @@ class Blueprint:
             # cache smaller than that gives up at most a third of itself.
             wanted = max(guess_width, self.skeleton.top_k) if guess_width else 2
             spare = max(1, min(wanted, slots // 3))
-        regions = allocate(cache.allocation, self.experts, slots - spare, cache.shallow_layers)
-        return regions, slots - sum(regions)
+        regions = make_regions(cache.allocation, self.experts, slots - spare, cache.shallow_layers)
+        return regions, slots - regions.slots
 
 
 def draw(store: Path, config: Config) -> Blueprint:
@@ -87,7 +87,7 @@ def draw(store: Path, config: Config) -> Blueprint:
     make_predictor(config.predict, [], [])
     make_cache(config.cache.cache, 1)
     make_low_experts(config.compute.int2, config.compute.int2_share)
-    allocate(config.cache.allocation, [], 0, 0)
+    make_regions(config.cache.allocation, [], 0, 0)
     manifest = read_manifest(store)
     _check_int2(manifest, config)
     skeleton = read_skeleton(store)

@@ -6,7 +6,7 @@ It knows records as bytes and slots as numbers, never tensors. Small records are
 once, and demanded ones by whoever waits for them: waking a thread takes as long as their read.
 
     speculate(prediction)   a guess: may be read when no demand waits, may be dropped
-    lease(layer, experts)   a need: the experts as they land, residents first, locked until used
+    lease(choice)           a need: the experts as they land, residents first, locked until used
 
 One lease is open at a time; other threads wait for it. An interrupt (Ctrl-C) may tear a critical
 section apart; the next lease sees that and starts from an empty table, which costs time, never
@@ -27,7 +27,7 @@ from fate_moe.prefetch.queue import ReadQueue
 from fate_moe.prefetch.turns import Turns
 from fate_moe.store.reader import BatchReader, RecordReader, Request
 from fate_moe.telemetry import LinkMeter, Telemetry
-from fate_moe.types import ExpertKey, Phase, Prediction
+from fate_moe.types import Choice, ExpertKey, Phase, Prediction
 
 
 class Mover:
@@ -94,19 +94,18 @@ class Mover:
         layer = prediction.layer
         with self.section():
             self._predictions[layer] = prediction
+            self.table.expect(prediction)
             self._wishes.extend(ExpertKey(layer, expert) for expert in prediction.ranked)
             self._guesses_left = self._turns.window(
                 self._record_bytes[layer], self.table.spare_slots
             )
             self.place_guesses()
 
-    def lease(self, layer: int, experts: Sequence[int], phase: Phase) -> Lease:
-        """Announce that `experts` of `layer` are needed now and lock them until they are used.
+    def lease(self, choice: Choice) -> Lease:
+        """Announce that experts of a layer are needed now and lock them until they are used.
 
         Args:
-            layer: MoE layer in [0, L).
-            experts: distinct expert ids; this is also the order the cache policy learns them in.
-            phase: what the counts are booked under.
+            choice: what the router chose.
         Returns:
             A context manager that yields lists of (expert, slot) as experts land: in decode all
             that have landed, to be computed together; in prefill one at a time, since each has
@@ -116,13 +115,14 @@ class Mover:
         with self._changed:
             self._take_ownership()
         with self.section():
-            self._turns.begin(layer, phase)
+            self._turns.begin(choice.layer, choice.phase)
             self._wishes.clear()
-            keys = [ExpertKey(layer, e) for e in experts]
+            keys = [ExpertKey(choice.layer, e) for e in choice.experts]
             for stale in self._queue.cancel(lambda key: key not in keys):
                 self._take_back_guess(stale)
-            self._count(layer, keys, phase)
-            together = len(keys) if phase is Phase.DECODE else 1
+            self._count(choice, keys)
+            self.table.begin(choice)
+            together = len(keys) if choice.phase is Phase.DECODE else 1
             return Lease(self, keys, together)
 
     def section(self) -> _Section:
@@ -294,8 +294,8 @@ class Mover:
         self._failed.clear()
         self._torn = False
 
-    def _count(self, layer: int, keys: Sequence[ExpertKey], phase: Phase) -> None:
-        counts = self.telemetry.counts[phase][layer]
+    def _count(self, choice: Choice, keys: Sequence[ExpertKey]) -> None:
+        counts = self.telemetry.counts[choice.phase][choice.layer]
         counts.requests += len(keys)
         for key in keys:
             entry = self.table.get(key)
@@ -305,12 +305,9 @@ class Mover:
             counts.hits += entry.resident
             counts.late += not entry.resident
             counts.saved += entry.guessed and not entry.used
-        prediction = self._predictions.pop(layer, None)
+        prediction = self._predictions.pop(choice.layer, None)
         if prediction is not None:
-            experts = {key.expert for key in keys}
-            counts.recall_of += len(experts)
-            counts.recall_hit += len(experts.intersection(prediction.ranked))
-            counts.core_hit += len(experts.intersection(prediction.ranked[: prediction.core]))
+            counts.add_guess(prediction, choice.experts)
 
     def _count_waste(self, entry: Entry) -> None:
         if entry.guessed and not entry.used and entry.resident:

@@ -98,6 +98,15 @@ class Fields:
             raise self._wrong(name, value, f"a shape that starts with {first}")
         return tuple(value)
 
+    def integers(self, name: str, most: int, low: int, high: int) -> tuple[int, ...]:
+        """Read a list of at most `most` integers in [low, high]."""
+        value = self._take(name)
+        if not isinstance(value, list) or len(value) > most:
+            raise self._wrong(name, value, f"a list of at most {most} integers")
+        if not all(type(v) is int and low <= v <= high for v in value):
+            raise self._wrong(name, value, f"integers in [{low}, {high}]")
+        return tuple(value)
+
     def fields(self, name: str) -> Fields:
         """Read an object."""
         return Fields(self._take(name), f"{self._where}: {name}")

@@ -8,9 +8,10 @@ from itertools import chain
 import pytest
 
 from fate_moe.cache import ExpertTable, make_cache
+from fate_moe.cache.allocation import Regions
 from fate_moe.errors import CacheError, ReadError
 from fate_moe.prefetch.mover import Mover
-from fate_moe.types import ExpertKey, Phase, Prediction
+from fate_moe.types import Choice, ExpertKey, Phase, Prediction
 from tests.fakes import FakeReader
 
 RECORD = 4096
@@ -22,7 +23,7 @@ class Bench:
     def __init__(self, capacities: Sequence[int], spare: int, window: int | None = 99) -> None:
         self.reader = FakeReader()
         self.memory = bytearray(RECORD * (sum(capacities) + spare))
-        table = ExpertTable(capacities, spare, lambda c: make_cache("lru", c))
+        table = ExpertTable(Regions.per_layer(capacities), spare, lambda c: make_cache("lru", c))
         self.mover = Mover(
             table, self.reader, self.view, [RECORD] * len(capacities), io_threads=2, window=window
         )
@@ -33,7 +34,7 @@ class Bench:
     def use(self, layer: int, experts: Sequence[int], guess: Prediction | None = None) -> list[int]:
         """Run one layer's turn; check every slot's bytes; return the order of arrival."""
         order = []
-        with self.mover.lease(layer, experts, Phase.DECODE) as arriving:
+        with self.mover.lease(Choice(layer, experts)) as arriving:
             self.mover.speculate(guess)
             for expert, slot in chain.from_iterable(arriving):
                 assert set(self.view(slot)) == {10 * layer + expert}
@@ -110,7 +111,7 @@ def test_a_guess_in_flight_counts_as_late(bench: Callable[..., Bench]) -> None:
     b.use(0, [0])
     b.reader.gate.clear()
     b.mover.speculate(guess(1, 4))
-    lease = b.mover.lease(1, [4], Phase.DECODE)
+    lease = b.mover.lease(Choice(1, [4]))
     b.reader.gate.set()
     with lease as arriving:
         assert [expert for expert, _ in chain.from_iterable(arriving)] == [4]
@@ -126,7 +127,7 @@ def test_a_read_that_had_to_wait_for_a_slot_wakes_the_readers(
     b.reader.gate.clear()
     b.mover.speculate(guess(1, 4))
     time.sleep(0.05)  # a reader holds the only slot now
-    lease = b.mover.lease(0, [3], Phase.DECODE)
+    lease = b.mover.lease(Choice(0, [3]))
     b.reader.gate.set()
     b.settle()
     time.sleep(0.05)  # the slot can be had, and both readers sleep
@@ -140,7 +141,7 @@ def test_stale_guesses_are_cancelled_before_they_cost_a_byte(bench: Callable[...
     b.reader.gate.clear()
     b.mover.speculate(guess(1, 1, 2, 3, 4, 5))
     time.sleep(0.05)  # both readers hold one guess each now
-    lease = b.mover.lease(1, [5], Phase.DECODE)
+    lease = b.mover.lease(Choice(1, [5]))
     b.reader.gate.set()
     with lease as arriving:
         assert [expert for expert, _ in chain.from_iterable(arriving)] == [5]
@@ -215,7 +216,7 @@ def test_an_error_inside_the_lease_releases_every_lock(bench: Callable[..., Benc
     b = bench([2], 1)
 
     def fail_at_the_first(experts: list[int]) -> None:
-        with b.mover.lease(0, experts, Phase.DECODE) as arriving:
+        with b.mover.lease(Choice(0, experts)) as arriving:
             for _ in arriving:
                 raise ZeroDivisionError
 
@@ -250,7 +251,7 @@ def test_decode_gets_what_has_landed_together_and_prefill_one_by_one(
     b = bench([4], 0)
     b.use(0, [0, 1, 2, 3])
     for phase, sizes in ((Phase.DECODE, [4]), (Phase.PREFILL, [1, 1, 1, 1])):
-        with b.mover.lease(0, [0, 1, 2, 3], phase) as arriving:
+        with b.mover.lease(Choice(0, [0, 1, 2, 3], 1 if phase is Phase.DECODE else 2)) as arriving:
             assert [len(landed) for landed in arriving] == sizes
     b.mover.table.check()
     assert all(entry.locks == 0 for entry in b.mover.table.entries())
@@ -259,7 +260,7 @@ def test_decode_gets_what_has_landed_together_and_prefill_one_by_one(
 def test_waiting_is_booked_as_stall(bench: Callable[..., Bench]) -> None:
     b = bench([1], 1)
     b.reader.gate.clear()
-    lease = b.mover.lease(0, [1], Phase.DECODE)
+    lease = b.mover.lease(Choice(0, [1]))
     threading.Timer(0.05, b.reader.gate.set).start()
     with lease as arriving:
         list(arriving)
@@ -274,7 +275,7 @@ def test_a_closed_mover_says_so(bench: Callable[..., Bench]) -> None:
     b.mover.close()
     b.mover.close()
     with pytest.raises(CacheError, match="closed"):
-        b.mover.lease(0, [1], Phase.DECODE)
+        b.mover.lease(Choice(0, [1]))
 
 
 def test_two_threads_take_turns(bench: Callable[..., Bench]) -> None:
@@ -308,7 +309,7 @@ def test_a_failure_of_an_ended_lease_does_not_fail_the_next(bench: Callable[...,
     b.reader.fail = lambda key: False
     b.reader.gate.clear()
     b.mover.speculate(guess(1, 3, 4))
-    lease = b.mover.lease(1, [3, 4], Phase.DECODE)
+    lease = b.mover.lease(Choice(1, [3, 4]))
     b.reader.gate.set()
     with lease as arriving:
         assert sorted(expert for expert, _ in chain.from_iterable(arriving)) == [3, 4]
@@ -351,7 +352,7 @@ def test_an_interrupt_anywhere_costs_only_time(
 
 def test_an_interrupt_before_the_lease_is_entered(bench: Callable[..., Bench]) -> None:
     b = bench([2], 1)
-    b.mover.lease(0, [1, 2], Phase.DECODE)  # and then Ctrl-C: never entered, never ended
+    b.mover.lease(Choice(0, [1, 2]))  # and then Ctrl-C: never entered, never ended
     assert sorted(b.use(0, [1, 2, 3])) == [1, 2, 3]
 
 
@@ -386,7 +387,7 @@ def test_a_withdrawn_demand_costs_no_bytes(bench: Callable[..., Bench]) -> None:
     b = bench([6], 0)
     b.reader.fail = lambda key: key.expert == 1
     b.reader.gate.clear()
-    lease = b.mover.lease(0, [1, 2, 3, 4, 5], Phase.DECODE)
+    lease = b.mover.lease(Choice(0, [1, 2, 3, 4, 5]))
     b.reader.gate.set()
 
     def run() -> None:

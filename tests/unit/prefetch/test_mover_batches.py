@@ -8,10 +8,11 @@ from itertools import chain
 import pytest
 
 from fate_moe.cache import ExpertTable, make_cache
+from fate_moe.cache.allocation import Regions
 from fate_moe.errors import CacheError, ReadError
 from fate_moe.prefetch.mover import Mover
 from fate_moe.store.reader import BatchReader, Mode, Request
-from fate_moe.types import ExpertKey, Phase, Prediction
+from fate_moe.types import Choice, ExpertKey, Phase, Prediction
 from tests.fakes import FakeReader
 
 RECORD = 4096
@@ -57,7 +58,7 @@ class Bench:
         self.reader = FakeBatchReader()
         assert isinstance(self.reader, BatchReader)
         self.memory = bytearray(RECORD * (sum(capacities) + spare))
-        table = ExpertTable(capacities, spare, lambda c: make_cache("lru", c))
+        table = ExpertTable(Regions.per_layer(capacities), spare, lambda c: make_cache("lru", c))
         self.mover = Mover(
             table, self.reader, self.view, [RECORD] * len(capacities), io_threads=2, window=99
         )
@@ -74,7 +75,9 @@ class Bench:
     ) -> list[list[int]]:
         """Run one layer's turn; check every slot's bytes; return what was handed over at once."""
         pieces = []
-        with self.mover.lease(layer, experts, phase) as arriving:
+        with self.mover.lease(
+            Choice(layer, experts, 1 if phase is Phase.DECODE else 2)
+        ) as arriving:
             self.mover.speculate(guess)
             for piece in arriving:
                 for expert, slot in piece:
@@ -175,7 +178,7 @@ def test_a_closed_engine_ends_while_guesses_are_under_way(bench: Bench) -> None:
     threading.Timer(0.05, bench.reader.gate.set).start()
     bench.mover.close()
     with pytest.raises(CacheError, match="closed"):
-        bench.mover.lease(1, [1], Phase.DECODE)
+        bench.mover.lease(Choice(1, [1]))
 
 
 class Interrupted(BaseException):

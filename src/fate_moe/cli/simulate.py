@@ -1,0 +1,200 @@
+"""`fate simulate`: which cache, which allocation, which predictor would do best?"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fate_moe.cli.app import app
+from fate_moe.cli.terminal import TerminalProgress, emit_json, guarded, show_report, show_table
+from fate_moe.config import parse_size
+from fate_moe.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fate_moe.sim.sweep import Cell, Row
+
+WHAT = "What to replay (lists, such as lru,arc: every combination)"
+
+Traces = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="TRACE...",
+        help="Routing traces: what fate trace writes, or JSON lines (docs/traces.md).",
+    ),
+]
+Caches = Annotated[
+    str,
+    typer.Option(
+        "--cache", metavar="LIST", rich_help_panel=WHAT,
+        help="Eviction policies: transition (the default), lru, lfu, lfru, arc (the paper's), "
+        "s3fifo, guarded, and belady, which knows the future: the bound.",
+    ),
+]  # fmt: skip
+Allocations = Annotated[
+    str,
+    typer.Option(
+        "--allocation", metavar="LIST", rich_help_panel=WHAT,
+        help="Slots of each layer: even, shallow (the paper's: the first layers whole), or global: "
+        "all layers share them.",
+    ),
+]  # fmt: skip
+Predictors = Annotated[
+    str,
+    typer.Option(
+        "--predictor", metavar="LIST", rich_help_panel=WHAT,
+        help="Whose guesses are read ahead: none, oracle (always right), or recorded (what the "
+        "trace's run guessed, also by that predictor's name).",
+    ),
+]  # fmt: skip
+Capacities = Annotated[
+    str,
+    typer.Option(
+        "--capacity", metavar="LIST", rich_help_panel=WHAT,
+        help="Share of all experts that have a slot.",
+    ),
+]  # fmt: skip
+Leases = Annotated[
+    bool | None,
+    typer.Option(
+        "--leases/--no-leases", rich_help_panel=WHAT,
+        help="With leases, what a step asks for is locked until the step is done, and an expert "
+        "that is worth less than everyone in its region is not kept: as in the engine. Without, "
+        "requests come one by one and every miss evicts: as in other cache simulators. Default: "
+        "with leases where a predictor guesses, else without.",
+    ),
+]  # fmt: skip
+ShallowLayers = Annotated[
+    int,
+    typer.Option(
+        metavar="N", min=0, max=1024, rich_help_panel=WHAT,
+        help="First layers that the allocation shallow keeps whole.",
+    ),
+]  # fmt: skip
+ExpertBytes = Annotated[
+    str,
+    typer.Option(metavar="SIZE", help="Size of an expert, where the trace does not say."),
+]
+Jobs = Annotated[
+    int | None,
+    typer.Option(metavar="N", min=1, max=1024, help="Replays side by side. Default: one per core."),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Receives rows.csv and plot.png."),
+]
+JsonOut = Annotated[
+    bool,
+    typer.Option(
+        "--json",
+        help="Print exactly one JSON object on stdout: the fields of the only combination, or all "
+        "of them under `rows`.",
+    ),
+]
+
+
+@app.command("simulate")
+@guarded
+def simulate(
+    traces: Traces,
+    cache: Caches = "transition",
+    allocation: Allocations = "even",
+    predictor: Predictors = "none",
+    capacity: Capacities = "25%",
+    leases: Leases = None,
+    shallow_layers: ShallowLayers = 4,
+    expert_bytes: ExpertBytes = "1MiB",
+    jobs: Jobs = None,
+    out: Out = None,
+    json_out: JsonOut = False,
+) -> None:
+    """Replay routing traces against caches, without a model.
+
+    A request is one distinct expert of one layer in one forward step. Without a predictor requests
+    come one by one, as in other cache simulators, so that counts can be compared.
+
+    Examples:
+
+        fate simulate run.jsonl --cache lru --capacity 25% --json
+
+        fate simulate *.jsonl --cache lru,arc,transition,belady --capacity 12.5%,25%,50% --out sim
+
+        fate simulate run.trace --predictor none,oracle --allocation even,shallow,global
+    """
+    with TerminalProgress() as progress:
+        from fate_moe.sim.sweep import run_cells
+
+        cells = _cells(
+            traces, cache, allocation, predictor, capacity, leases, shallow_layers, expert_bytes
+        )
+        if out is not None:
+            _make(out)
+        rows = list(run_cells(cells, jobs, progress))
+    _show(rows, out, json_out)
+
+
+def _cells(
+    traces: list[Path],
+    cache: str,
+    allocation: str,
+    predictor: str,
+    capacity: str,
+    leases: bool | None,
+    shallow_layers: int,
+    expert_bytes: str,
+) -> list[Cell]:
+    from fate_moe.sim.sweep import Cell
+
+    size = parse_size(expert_bytes, "expert-bytes").count_bytes
+    if not size:
+        raise ConfigError(f"expert-bytes: {expert_bytes!r:.40}: need a size such as 4.5MiB")
+    shares = [_share(text) for text in _list(capacity, "capacity")]
+    chosen = product(
+        traces,
+        _list(cache, "cache"),
+        _list(allocation, "allocation"),
+        _list(predictor, "predictor"),
+        shares,
+    )
+    return [Cell(*one, leases, shallow_layers, size) for one in chosen]
+
+
+def _list(text: str, what: str) -> list[str]:
+    parts = [part.strip() for part in text.split(",")]
+    if "" in parts or len(set(parts)) != len(parts):
+        raise ConfigError(f"{what}: {text!r:.80}: need different names, such as lru,arc")
+    return parts
+
+
+def _share(text: str) -> float:
+    share = parse_size(text, "capacity").share
+    if not share:
+        raise ConfigError(f"capacity: {text!r:.40}: need a share of all experts, such as 25%")
+    return share
+
+
+def _make(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"out: {out}: cannot be written: {error.strerror or error}") from error
+
+
+def _show(rows: list[Row], out: Path | None, json_out: bool) -> None:
+    from fate_moe.sim import present
+
+    written = [] if out is None else [out / "rows.csv", out / "plot.png"]
+    if written:
+        present.write_csv(rows, written[0])
+        present.plot(rows, written[1])
+    if json_out:
+        only = asdict(rows[0]) if len(rows) == 1 else {"rows": [asdict(row) for row in rows]}
+        emit_json({**only, "out": os.fspath(out)} if out else only)
+        return
+    show_table(*present.table(rows))
+    if written:
+        show_report([("written", " ".join(os.fspath(path) for path in written))])

@@ -1,0 +1,112 @@
+"""How do replays look: a table, a file for a spreadsheet, a plot?"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from fate_moe.errors import ConfigError
+from fate_moe.sim.sweep import BELADY, Row
+
+_BOUND = "#222222"
+
+
+def name_of(row: Row) -> str:
+    """Name what a row is about besides its trace and capacity."""
+    guessed = "" if row.predictor == "none" else f" + {row.predictor}"
+    return f"{row.cache}, {row.allocation}{guessed}"
+
+
+def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Return a head and the cells of one line per row."""
+    head = [
+        "model", "capacity", "cache", "allocation", "predictor", "requests", "hit rate", "misses",
+        "gap closed", "recall",
+    ]  # fmt: skip
+    return head, [_cells(row, _gap_closed(row, rows)) for row in rows]
+
+
+def _cells(row: Row, closed: float | None) -> list[str]:
+    return [
+        row.model,
+        f"{100 * row.capacity:g} %",
+        row.cache,
+        row.allocation,
+        row.predictor,
+        str(row.requests),
+        f"{100 * row.hit_rate:.2f} %",
+        str(row.misses),
+        "-" if closed is None else f"{closed:+.2f}",
+        "-" if row.recall is None else f"{100 * row.recall:.1f} %",
+    ]
+
+
+def _gap_closed(row: Row, rows: Sequence[Row]) -> float | None:
+    """Return how far a row is from LRU (0) to Belady (1), where both were replayed beside it."""
+
+    def beside(cache: str) -> float | None:
+        like = ("model", "allocation", "predictor", "capacity")
+        return next(
+            (
+                other.hit_rate
+                for other in rows
+                if other.cache == cache
+                and all(getattr(other, name) == getattr(row, name) for name in like)
+            ),
+            None,
+        )
+
+    low, high = beside("lru"), beside(BELADY)
+    if low is None or high is None or high <= low:
+        return None
+    return (row.hit_rate - low) / (high - low)
+
+
+def write_csv(rows: Sequence[Row], path: Path) -> None:
+    """Write every field of every row.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    try:
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+            writer.writeheader()
+            writer.writerows(asdict(row) for row in rows)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Draw hit rate against capacity, one panel a model; the file's suffix gives the format.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    models = list(dict.fromkeys(row.model for row in rows))
+    names = sorted({name_of(row) for row in rows}, key=lambda name: not name.startswith(BELADY))
+    figure = Figure(figsize=(4.6 * len(models) + 0.6, 4.4), layout="constrained")
+    panels = figure.subplots(1, len(models), squeeze=False, sharey=True)[0]
+    for axis, model in zip(panels, models, strict=True):
+        for name in names:
+            own = [row for row in rows if row.model == model and name_of(row) == name]
+            own.sort(key=lambda row: row.capacity)
+            at = [100 * row.capacity for row in own], [100 * row.hit_rate for row in own]
+            is_bound = name.startswith(BELADY)
+            style = {"color": _BOUND, "linestyle": "--"} if is_bound else {}
+            axis.plot(*at, marker="o", markersize=3.5, linewidth=1.4, label=name, **style)
+        axis.set_title(model.replace("$", r"\$"), fontsize=9)  # no mathematics in names
+        axis.set_xlabel("experts with a slot, %", fontsize=9)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8)
+    panels[0].set_ylabel("hit rate, %", fontsize=9)
+    panels[-1].legend(fontsize=8, frameon=False, loc="lower right")
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be written: {error}") from error

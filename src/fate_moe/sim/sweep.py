@@ -1,0 +1,199 @@
+"""Which of many caches, allocations, predictors and capacities does best on a trace?
+
+One cell is one replay. Cells are independent and run side by side, each in a process.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from multiprocessing import get_context
+from pathlib import Path
+
+from fate_moe.cache.allocation import make_regions
+from fate_moe.cache.belady import Belady
+from fate_moe.cache.policy import CACHES, EvictionPolicy, make_cache
+from fate_moe.errors import ConfigError
+from fate_moe.sim.guesses import make_guesser
+from fate_moe.sim.replay import MakePolicy, replay
+from fate_moe.sim.trace import Trace, read_trace
+from fate_moe.types import ExpertKey, Progress, no_progress
+
+BELADY = "belady"
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One replay.
+
+    Attributes:
+        trace: its file.
+        cache, allocation, predictor: names.
+        capacity: share of all experts that have slots, in (0, 1].
+        leases: as in `replay`; None = where a predictor guesses.
+        shallow_layers: of the allocation `shallow`.
+        expert_bytes: size of a record where the trace does not say.
+    """
+
+    trace: Path
+    cache: str
+    allocation: str
+    predictor: str
+    capacity: float
+    leases: bool | None = None
+    shallow_layers: int = 4
+    expert_bytes: int = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What came of a cell; the words are GLOSSARY.md's.
+
+    Attributes:
+        slots: that regions have, all layers together.
+        capacity_tokens: the same in working sets of one token.
+        requests_s: requests replayed in a second.
+    """
+
+    model: str
+    cache: str
+    allocation: str
+    predictor: str
+    capacity: float
+    leases: bool
+    slots: int
+    capacity_tokens: float
+    requests: int
+    hits: int
+    late: int
+    misses: int
+    hit_rate: float
+    recall: float | None
+    recall_top_k: float | None
+    coverage: float | None
+    accuracy: float | None
+    evictions: int
+    bytes_demand: int
+    bytes_speculated: int
+    bytes_wasted: int
+    requests_s: float
+
+
+def check(cell: Cell) -> None:
+    """Check a cell's names and numbers before anything runs.
+
+    Raises:
+        ConfigError: one is unknown or out of range.
+    """
+    if cell.cache != BELADY:
+        make_policy_maker(cell.cache)
+    make_regions(cell.allocation, [], 0, cell.shallow_layers)
+    if not 0 < cell.capacity <= 1:
+        raise ConfigError(f"capacity: {100 * cell.capacity:g} %: need more than 0, at most 100 %")
+
+
+def make_policy_maker(cache: str, trace: Trace | None = None) -> MakePolicy:
+    """Return what builds a policy by its name; `belady` only for a trace, whose future it knows.
+
+    Raises:
+        ConfigError: no such policy.
+    """
+    if cache == BELADY and trace is not None:
+        return partial(Belady, future=_future(trace))
+    if cache not in CACHES:
+        raise ConfigError(f"cache: {cache!r} is none of {', '.join(sorted([*CACHES, BELADY]))}")
+    return partial(_by_name, cache)
+
+
+def _by_name(cache: str, capacity_slots: int) -> EvictionPolicy:
+    return make_cache(cache, capacity_slots)
+
+
+def _future(trace: Trace) -> dict[ExpertKey, list[int]]:
+    future: dict[ExpertKey, list[int]] = {}
+    now = 0
+    for step in trace.steps:
+        for choice in step.choices:
+            for expert in choice.experts:
+                future.setdefault(ExpertKey(choice.layer, expert), []).append(now)
+                now += 1
+    return future
+
+
+def run_cell(cell: Cell, progress: Progress = no_progress) -> Row:
+    """Replay one cell.
+
+    Raises:
+        ConfigError: an unknown name; FormatError: the trace is missing or damaged.
+    """
+    check(cell)
+    trace = _cached_trace(cell.trace)
+    slots = int(cell.capacity * sum(trace.experts))
+    regions = make_regions(cell.allocation, trace.experts, slots, cell.shallow_layers)
+    record_bytes = trace.record_bytes or (cell.expert_bytes,) * len(trace.experts)
+    guesser = make_guesser(cell.predictor, trace)
+    maker = make_policy_maker(cell.cache, trace)
+    began_s = time.perf_counter()
+    leases = cell.predictor != "none" if cell.leases is None else cell.leases
+    found = replay(trace, regions, maker, guesser, record_bytes, leases=leases, progress=progress)
+    seconds = time.perf_counter() - began_s
+    counts = found.total()
+    would_miss = counts.misses + counts.saved
+    return Row(
+        model=trace.model,
+        cache=cell.cache,
+        allocation=cell.allocation,
+        predictor=cell.predictor,
+        capacity=cell.capacity,
+        leases=leases,
+        slots=regions.slots,
+        capacity_tokens=regions.slots / (trace.top_k * len(trace.experts)),
+        requests=counts.requests,
+        hits=counts.hits,
+        late=counts.late,
+        misses=counts.misses,
+        hit_rate=counts.hit_rate or 0.0,
+        recall=counts.recall,
+        recall_top_k=counts.recall_top_k,
+        coverage=counts.saved / would_miss if found.guesses else None,
+        accuracy=found.guesses_used / found.guesses if found.guesses else None,
+        evictions=found.evictions,
+        bytes_demand=found.bytes_demand,
+        bytes_speculated=found.bytes_speculated,
+        bytes_wasted=found.bytes_wasted,
+        requests_s=counts.requests / seconds,
+    )
+
+
+def run_cells(
+    cells: Sequence[Cell], jobs: int | None = None, progress: Progress = no_progress
+) -> Iterator[Row]:
+    """Replay cells side by side and yield their rows in order.
+
+    Args:
+        jobs: processes; None = one per core.
+    Raises:
+        ConfigError, FormatError: as `run_cell`, for any of the cells, before the first one runs.
+    """
+    for cell in cells:
+        check(cell)
+        make_guesser(cell.predictor, _cached_trace(cell.trace))
+    jobs = min(jobs or os.cpu_count() or 1, len(cells))
+    if jobs <= 1:
+        for cell in cells:
+            yield run_cell(cell, progress)
+        return
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        progress("replaying", 0, len(cells))
+        for done, row in enumerate(pool.map(run_cell, cells), start=1):
+            progress("replaying", done, len(cells))
+            yield row
+
+
+@lru_cache(maxsize=4)
+def _cached_trace(path: Path) -> Trace:
+    return read_trace(path)
