@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from fate_moe.config import make_config
+from fate_moe.config import DEFAULT_POLICY, make_config
 from fate_moe.engine import Engine, build
 from fate_moe.engine.prepare import convert_model, find_store
 from fate_moe.store.format import read_manifest
@@ -73,7 +73,9 @@ def open_engine() -> Iterator[Open]:
     """Build engines and close them: open_engine(store, delay=seconds or function, **settings)."""
     engines: list[Engine] = []
 
-    def make(store: Path, *, delay: Any = None, policy: str = "fate", **choices: object) -> Engine:
+    def make(
+        store: Path, *, delay: Any = None, policy: str = DEFAULT_POLICY, **choices: object
+    ) -> Engine:
         reader = None
         if delay is not None:
             inner = FileReader(store, read_manifest(store))

@@ -19,6 +19,7 @@ _UNITS = {
     "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
 }  # fmt: skip
 _MOST_BYTES = 2**60
+DEFAULT_POLICY = "tuned"
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*|%)\s*")
 
 
@@ -99,7 +100,7 @@ class PrefetchConfig:
 class CacheConfig:
     """WHICH STAY? `shallow_layers`: how many first layers the shallow allocation keeps whole."""
 
-    cache: str = "arc"
+    cache: str = "transition"
     allocation: str = "shallow"
     shallow_layers: int = 4
 
@@ -166,7 +167,7 @@ class Limits:
 class Config:
     """Everything a run depends on besides the model and the prompt."""
 
-    policy: str = "fate"
+    policy: str = DEFAULT_POLICY
     predict: PredictConfig = field(default_factory=PredictConfig)
     prefetch: PrefetchConfig = field(default_factory=PrefetchConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
@@ -178,13 +179,14 @@ _SECTIONS = ("predict", "prefetch", "cache", "compute", "limits")
 
 # What a policy's name fixes; every other setting keeps its default or the user's choice.
 PRESETS: dict[str, dict[str, object]] = {
-    "fate": {},
+    "tuned": {},
+    "fate": {"predictor": "cross_layer", "cache": "arc", "allocation": "shallow"},
     "demand": {"predictor": "none"},
     "resident": {"predictor": "none", "allocation": "even", "experts": Size(share=1.0)},
 }
 
 
-def make_config(policy: str = "fate", **settings: object) -> Config:
+def make_config(policy: str = DEFAULT_POLICY, **settings: object) -> Config:
     """Build a config from flat settings (`cache="lru"`, `ram="6GiB"`); None means not chosen.
 
     Raises:

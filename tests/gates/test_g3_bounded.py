@@ -43,7 +43,7 @@ def test_regions_and_spare_slots_are_the_plan(tiny_store: Path, open_engine: Ope
     for share in ("10%", "33%", "50%", "99%"):
         engine = open_engine(tiny_store, experts=share)
         table = engine.mover.table
-        assert sum(table.capacities) + table.spare_slots == engine.blueprint.memory.slots
+        assert table.regions.slots + table.spare_slots == engine.blueprint.memory.slots
         assert engine.report().experts_capacity == engine.blueprint.memory.slots
 
 

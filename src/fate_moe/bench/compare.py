@@ -15,7 +15,7 @@ from typing import Any
 
 from fate_moe.bench.evaluate import Evaluation, Reference, Tasks, evaluate
 from fate_moe.bench.likelihood import SCORED_TOKENS
-from fate_moe.config import Config, make_config
+from fate_moe.config import DEFAULT_POLICY, Config, make_config
 from fate_moe.engine.build import build
 from fate_moe.engine.prepare import find_store, give_memory_back
 from fate_moe.errors import ConfigError, StoreError
@@ -68,7 +68,7 @@ class Models:
     model: str
     cache_dir: Path
     revision: str | None = None
-    policy: str = "fate"
+    policy: str = DEFAULT_POLICY
     settings: Mapping[str, object] | None = None
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from fate_moe.bench.passes import time_pass
-from fate_moe.config import Config, make_config
+from fate_moe.config import DEFAULT_POLICY, Config, make_config
 from fate_moe.engine.build import build
 from fate_moe.engine.handle import Engine
 from fate_moe.errors import BudgetError, FateError
@@ -90,7 +90,7 @@ def _open(job: Job) -> Engine:
             return build(Path(job.store), config("resident"))
         except BudgetError:  # larger than this machine: the default policy's case
             pass
-    return build(Path(job.store), config("fate"))
+    return build(Path(job.store), config(DEFAULT_POLICY))
 
 
 def _main() -> int:

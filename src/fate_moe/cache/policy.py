@@ -10,8 +10,9 @@ policy what happened. What the router chose comes first, for a whole step; then 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
+from typing import Any
 
 from fate_moe.errors import ConfigError
 from fate_moe.types import Choice, ExpertKey, Prediction
@@ -24,6 +25,11 @@ class EvictionPolicy:
 
     Each is O(1) beside the locked entries it skips, unless the policy says otherwise.
     """
+
+    @staticmethod
+    def layer_bytes(num_experts: int) -> int:
+        """Return what is kept of a layer of E experts, beyond some words for each."""
+        return 0
 
     def begin(self, choice: Choice) -> None:
         """Learn all that a router chose in a step, before the requests for it."""
@@ -73,8 +79,22 @@ def make_cache(name: str, capacity_slots: int) -> EvictionPolicy:
     Raises:
         ConfigError: no such policy.
     """
+    policy: EvictionPolicy = _class_of(name)(capacity_slots)
+    return policy
+
+
+def cache_bytes(name: str, experts: Sequence[int]) -> int:
+    """Return the memory that the policy called `name` takes for layers of E experts each, [L].
+
+    Raises:
+        ConfigError: no such policy.
+    """
+    policy = _class_of(name)
+    return sum(policy.layer_bytes(count) for count in experts)
+
+
+def _class_of(name: str) -> Any:
     if name not in CACHES:
         raise ConfigError(f"cache: {name!r} is none of {', '.join(sorted(CACHES))}")
     module, _, cls = CACHES[name].partition(":")
-    policy: EvictionPolicy = getattr(import_module(module), cls)(capacity_slots)
-    return policy
+    return getattr(import_module(module), cls)

@@ -25,6 +25,7 @@ FOLLOWING = 0.2  # weight of the second observation
 BEFORE_LAST = 0.3  # weight of the step before the last one in it
 UNSURE = 1.0  # steps that count against every pair
 IN_USE = 0.4  # what being used now is worth
+_GROWTH = 32  # ids that room is made for at once
 
 
 class Transition(EvictionPolicy):
@@ -37,6 +38,10 @@ class Transition(EvictionPolicy):
     def __init__(self, capacity_slots: int) -> None:
         self.capacity_slots = capacity_slots
         self._layers: dict[int, _Layer] = {}
+
+    @staticmethod
+    def layer_bytes(num_experts: int) -> int:
+        return 4 * (num_experts + _GROWTH) ** 2
 
     def begin(self, choice: Choice) -> None:
         state = self._layer(choice.layer)
@@ -158,7 +163,7 @@ class _Layer:
         have = len(self._mean)
         if expert < have:
             return
-        more = max(expert + 1, 2 * have) - have
+        more = (expert // _GROWTH + 1) * _GROWTH - have
         self._mean = np.pad(self._mean, (0, more))
         self._seen = np.pad(self._seen, (0, more))
         self._follows = np.pad(self._follows, (0, more))

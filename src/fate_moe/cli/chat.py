@@ -9,6 +9,7 @@ from fate_moe.cli import options
 from fate_moe.cli.app import app
 from fate_moe.cli.generate import open_engine, speed_rows
 from fate_moe.cli.terminal import guarded, readable, say, show_report, stderr
+from fate_moe.config import DEFAULT_POLICY
 from fate_moe.errors import ConfigError, FateError
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def chat(
     ram: options.Ram = None,
     experts: options.Experts = None,
     context: options.Context = None,
-    policy: options.Policy = "fate",
+    policy: options.Policy = DEFAULT_POLICY,
     predictor: options.PredictorName = None,
     cache: options.CacheName = None,
     allocation: options.AllocationName = None,

@@ -19,6 +19,7 @@ from fate_moe.cli.terminal import (
     say,
     show_report,
 )
+from fate_moe.config import DEFAULT_POLICY
 from fate_moe.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def evaluate(
     ram: options.Ram = None,
     experts: options.Experts = None,
     context: options.Context = None,
-    policy: options.Policy = "fate",
+    policy: options.Policy = DEFAULT_POLICY,
     compute: options.Compute = None,
     dtype: options.Dtype = None,
     threads: options.Threads = None,

@@ -20,6 +20,7 @@ from fate_moe.cli.terminal import (
     say,
     show_report,
 )
+from fate_moe.config import DEFAULT_POLICY
 from fate_moe.errors import ConfigError, FateError
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def generate(
     ram: options.Ram = None,
     experts: options.Experts = None,
     context: options.Context = None,
-    policy: options.Policy = "fate",
+    policy: options.Policy = DEFAULT_POLICY,
     predictor: options.PredictorName = None,
     cache: options.CacheName = None,
     allocation: options.AllocationName = None,

@@ -46,7 +46,8 @@ Policy = Annotated[
     str,
     typer.Option(
         rich_help_panel=STAGES,
-        help="fate (the paper's rules), demand (load on demand), resident (everything in memory).",
+        help="tuned (what measures best), fate (the paper's rules), demand (load on demand), "
+        "resident (everything in memory).",
     ),
 ]
 PredictorName = Annotated[

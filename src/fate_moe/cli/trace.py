@@ -13,6 +13,7 @@ from fate_moe.cli import options
 from fate_moe.cli.app import app
 from fate_moe.cli.generate import messages, open_engine
 from fate_moe.cli.terminal import TerminalProgress, emit_json, guarded, readable, show_report
+from fate_moe.config import DEFAULT_POLICY
 from fate_moe.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def trace(
     ram: options.Ram = None,
     experts: options.Experts = None,
     context: options.Context = None,
-    policy: options.Policy = "fate",
+    policy: options.Policy = DEFAULT_POLICY,
     predictor: options.PredictorName = None,
     percentile: options.Percentile = None,
     compute: options.Compute = None,

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from fate_moe.budget import Demands
+from fate_moe.cache.policy import cache_bytes
 from fate_moe.config import Limits
 from fate_moe.errors import ConfigError
 from fate_moe.models.load import Skeleton
@@ -42,6 +43,7 @@ def demands_of(
     dtype: torch.dtype,
     context: int,
     scored: int,
+    cache: str,
 ) -> Demands:
     """Size up a store.
 
@@ -50,6 +52,7 @@ def demands_of(
         dtype: what the model computes in.
         context: prompt and answer together, in tokens.
         scored: tokens whose scores over the vocabulary are held at once.
+        cache: name of the eviction policy.
     """
     header = read_header(store / manifest.resident.file)
     plain = [entry for name, entry in header.tensors.items() if not is_record(name)]
@@ -67,7 +70,8 @@ def demands_of(
         kv_bytes=kv_bytes,
         workspace_bytes=_workspace_bytes(manifest, skeleton, shapes, dtype, context)
         + (_record_bytes(matrices, skeleton, context) if matrices else 0)
-        + _score_bytes(skeleton, scored),
+        + _score_bytes(skeleton, scored)
+        + cache_bytes(cache, [layer.num_experts for layer in manifest.layers]),
         slot_bytes=max(layer.record_bytes for layer in manifest.layers),
         num_experts=sum(layer.num_experts for layer in manifest.layers),
         floor_slots=_FLOOR_SLOTS,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fate_moe.config import Size, make_config
+from fate_moe.config import DEFAULT_POLICY, Size, make_config
 from fate_moe.engine.build import build
 from fate_moe.engine.prepare import default_cache_dir, find_store
 from fate_moe.models.load import load_tokenizer
@@ -17,7 +17,7 @@ def load(  # noqa: PLR0913 - a model's options, all of them by name
     *,
     ram: str | int | Size | None = None,
     experts: str | int | Size | None = None,
-    policy: str = "fate",
+    policy: str = DEFAULT_POLICY,
     cache_dir: str | Path | None = None,
     revision: str | None = None,
     bits: int | None = None,
@@ -35,7 +35,8 @@ def load(  # noqa: PLR0913 - a model's options, all of them by name
         model: `smolmoe`, a folder (checkpoint or store), a GGUF file, or a hub id.
         ram: limit for the whole process, `6GiB` or `50%` of what is available.
         experts: limit for the expert slots alone, `2GiB` or `50%` of all experts.
-        policy: `fate`, `demand` (load on demand) or `resident` (everything in memory).
+        policy: `tuned` (what measures best), `fate` (the paper's rules), `demand` (load on demand)
+            or `resident` (everything in memory).
         cache_dir: where downloads and stores are kept; default `~/.cache/fate`.
         revision: commit, branch or tag of a hub id.
         bits: of the experts' weights: 4, 8, or 16 for experts as they are. None: a store as it is,

@@ -93,8 +93,8 @@ def draw(store: Path, config: Config) -> Blueprint:
     skeleton = read_skeleton(store)
     dtype = choose_dtype(config.compute.dtype, skeleton.dtype, computes_natively(config))
     context = context_tokens(config.limits, skeleton)
-    scored = config.limits.scored_tokens
-    need = demands_of(store, manifest, skeleton, dtype, context, scored)
+    scored, cache = config.limits.scored_tokens, config.cache.cache
+    need = demands_of(store, manifest, skeleton, dtype, context, scored, cache)
     available = available_bytes(rss_bytes(), system_available_bytes())
     memory = make_plan(config.limits, need, available)
     return Blueprint(store, config, manifest, skeleton, dtype, context, memory)

@@ -16,6 +16,7 @@ import torch
 
 from fate_moe.bench import rounds
 from fate_moe.bench.ceilings import decode_ceiling, prefill_ceiling, token_bytes
+from fate_moe.bench.cgroup import DiskRate
 from fate_moe.bench.machine import Card
 from fate_moe.bench.passes import time_pass
 from fate_moe.bench.process import Done, ending_tidily, forget_files, run_alone
@@ -261,7 +262,7 @@ def test_the_worker_measures_its_last_pass(store: Path, stage: str) -> None:
 
 def test_the_worker_under_a_limit_takes_the_default_policy(store: Path) -> None:
     found = measure(Job(str(store), "decode", 4, 1, 1, True))
-    assert "policy fate" in str(found["mode"])
+    assert "policy tuned" in str(found["mode"])
 
 
 def test_what_is_written_is_random_whatever_the_model_says(store: Path) -> None:
@@ -387,8 +388,10 @@ def test_readahead_is_tried_for_programs_that_map_files(
     assert {row.readahead_kib for row in rows} == {None}
 
 
-def _free_of_limits(command: Sequence[str], limit_bytes: int | None, seconds: float) -> Done:
-    return run_alone(command, None, seconds)
+def _free_of_limits(
+    command: Sequence[str], limit_bytes: int | None, seconds: float, disk: DiskRate | None
+) -> Done:
+    return run_alone(command, None, seconds, None)
 
 
 def test_a_prompt_under_a_limit_is_read_once() -> None:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fate_moe.cache.allocation import ALLOCATIONS, allocate
+from fate_moe.cache.allocation import ALLOCATIONS, allocate, make_regions
 from fate_moe.errors import ConfigError
 
 
@@ -39,5 +39,20 @@ def test_even_shares_what_small_layers_leave() -> None:
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="even, shallow"):
+    with pytest.raises(ConfigError, match="even, global, shallow"):
         allocate("deep", [4], 2, 4)
+
+
+def test_one_region_for_all() -> None:
+    regions = make_regions("global", [4, 6], 8, 4)
+    assert (regions.capacities, regions.of_layer, regions.slots) == ((8,), (0, 0), 8)
+    assert regions.of_layers == [8, 8]
+    assert not regions.holds_whole(0, [4, 6])  # the region's layers together have ten experts
+    assert make_regions("global", [4, 6], 99, 4).slots == 10
+    assert make_regions("global", [4, 6], 99, 4).holds_whole(1, [4, 6])
+
+
+def test_a_region_per_layer() -> None:
+    regions = make_regions("shallow", [4, 6], 7, 1)
+    assert (regions.capacities, regions.of_layer) == ((4, 3), (0, 1))
+    assert [regions.holds_whole(layer, [4, 6]) for layer in range(2)] == [True, False]

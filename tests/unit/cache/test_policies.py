@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fate_moe.cache import make_cache
 from fate_moe.cache.belady import Belady
-from fate_moe.cache.policy import EvictionPolicy
+from fate_moe.cache.policy import EvictionPolicy, cache_bytes
 from fate_moe.cache.transition import BEFORE_LAST, FOLLOWING, IN_USE, KEPT, UNSURE, Transition
 from fate_moe.types import Choice, ExpertKey, Prediction
 
@@ -262,3 +262,11 @@ def test_transition_in_a_region_of_several_layers() -> None:
     policy.evict(ExpertKey(1, 0))
     free = policy.victim(ExpertKey(1, 7), lambda key: key.layer == 0)
     assert free in {ExpertKey(0, 0), ExpertKey(0, 1)}
+
+
+def test_only_what_counts_pairs_takes_memory_that_matters() -> None:
+    assert cache_bytes("transition", [128] * 48) >= 48 * 4 * 128 * 128
+    assert cache_bytes("arc", [128] * 48) == 0
+    policy = Transition(8)
+    policy.begin(Choice(0, [127]))
+    assert policy._layers[0]._follows.nbytes <= policy.layer_bytes(128)

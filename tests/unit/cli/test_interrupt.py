@@ -65,7 +65,7 @@ def test_during_convert(tiny_checkpoint: Path, tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="signals work differently there")
 def test_during_generate(tiny_store: Path) -> None:
     done = interrupt(
-        "moe", "distinct", "generate", str(tiny_store), "-p", "hello", "-n", "200", "--json"
+        "moe", "choice_of", "generate", str(tiny_store), "-p", "hello", "-n", "200", "--json"
     )
     assert done.returncode == 130
     assert done.stdout == ""

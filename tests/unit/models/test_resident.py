@@ -207,7 +207,7 @@ def test_families_run_natively_from_records(
 def test_a_plan_counts_records_as_they_are(tiny_store: Path, small_store: Path) -> None:
     def weights(store: Path) -> tuple[int, int]:
         skeleton = read_skeleton(store)
-        need = demands_of(store, read_manifest(store), skeleton, torch.float32, 64, 1)
+        need = demands_of(store, read_manifest(store), skeleton, torch.float32, 64, 1, "lru")
         return need.weights_bytes, need.load_bytes
 
     (plain, plain_load), (small, small_load) = weights(tiny_store), weights(small_store)
@@ -271,7 +271,7 @@ def test_a_record_of_no_matrix_is_found_out(small_store: Path, tmp_path: Path) -
     with pytest.raises(FormatError, match=r"self_attn\.x_proj\.record is no matrix of the model"):
         load_residents(store, skeleton, torch.float32)
     with pytest.raises(FormatError, match=r"self_attn\.x_proj\.record is no matrix of the model"):
-        demands_of(store, read_manifest(store), skeleton, torch.float32, 64, 1)
+        demands_of(store, read_manifest(store), skeleton, torch.float32, 64, 1, "lru")
 
 
 def test_a_family_config_is_what_it_was(small_store: Path) -> None:
