@@ -72,7 +72,7 @@ def format_bytes(count: float) -> str:
 class PredictConfig:
     """WHICH NEXT? `percentile`: experts scored at or above it join the router's own top-k."""
 
-    predictor: str = "cross_layer"
+    predictor: str = "ridge"
     percentile: float = 75.0
 
     def __post_init__(self) -> None:
@@ -181,6 +181,7 @@ _SECTIONS = ("predict", "prefetch", "cache", "compute", "limits")
 PRESETS: dict[str, dict[str, object]] = {
     "tuned": {},
     "fate": {"predictor": "cross_layer", "cache": "arc", "allocation": "shallow"},
+    "path": {"predictor": "path"},
     "demand": {"predictor": "none"},
     "resident": {"predictor": "none", "allocation": "even", "experts": Size(share=1.0)},
 }

@@ -24,6 +24,9 @@ class Observer(Protocol):
     def asked(self, layer: int, gate_input: Tensor, guess: Prediction | None) -> None:
         """See a gate input [T, D] before its router does, and the guess for the next layer."""
 
+    def sharpened(self, guess: Prediction) -> None:
+        """See a second guess for a layer, before its attention."""
+
     def chose(self, choice: Choice) -> None:
         """See what the router chose."""
 
@@ -49,9 +52,18 @@ class MoELayer:
 
     def before_router(self, gate_input: Tensor) -> None:
         """Guess the next layer's experts from this layer's gate input, [T, D]."""
-        self._guess = self._predictor.next(self.layer, gate_input)
+        wanted = self._mover.guess_level > 0
+        self._guess = self._predictor.next(self.layer, gate_input) if wanted else None
         if self.observer is not None:
             self.observer.asked(self.layer, gate_input, self._guess)
+
+    def before_layer(self, hidden: Tensor) -> None:
+        """Guess this layer's experts again from what enters it, [T, D]."""
+        if self._mover.guess_level > 1:
+            guess = self._predictor.sharpen(self.layer, hidden)
+            self._mover.speculate(guess)
+            if self.observer is not None and guess is not None:
+                self.observer.sharpened(guess)
 
     def forward(
         self,

@@ -140,6 +140,7 @@ class Report:
     """The state of an engine in the words of the contract; see `Engine.report`."""
 
     mode: str
+    guessing: str
     requests: int
     hits: int
     late: int
@@ -202,6 +203,7 @@ class Report:
                 f"recall {percent(self.recall)}, coverage {percent(self.coverage)}, "
                 f"accuracy {percent(self.accuracy)} of {self.guesses} guesses",
             ),
+            ("guessing", self.guessing),
             (
                 "bytes moved",
                 f"{format_bytes(self.bytes_demand)} demanded, "

@@ -65,7 +65,7 @@ def test_a_trace_holds_what_the_run_saw(
     tiny_store: Path, open_engine: Open, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
-    engine = open_engine(tiny_store, experts="55%")
+    engine = open_engine(tiny_store, experts="55%", predictor="cross_layer", window=9)
     trace = write(engine, 30, tmp_path / "t.trace")
     report = engine.report()
     guessed = replay(

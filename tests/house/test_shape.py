@@ -114,7 +114,19 @@ def test_links_between_documents_lead_somewhere(path: Path) -> None:
 def test_documented_commands_exist() -> None:
     from typer.main import get_command
 
-    from fate_moe.cli import app, bench, chat, eval, generate, models, simulate, stores, trace  # noqa: F401
+    from fate_moe.cli import (  # noqa: F401
+        app,
+        bench,
+        calibrate,
+        chat,
+        eval,
+        generate,
+        models,
+        policies,
+        simulate,
+        stores,
+        trace,
+    )
 
     known = dict(get_command(app).commands)  # type: ignore[attr-defined]
     for group in [name for name, command in known.items() if hasattr(command, "commands")]:

@@ -18,12 +18,13 @@ capacities; spare entries are within `spare_slots`; a locked entry is never evic
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from fate_moe.cache.allocation import Regions
 from fate_moe.cache.policy import EvictionPolicy
 from fate_moe.errors import CacheError
+from fate_moe.telemetry import Counts
 from fate_moe.types import Choice, ExpertKey, Prediction
 
 
@@ -93,6 +94,18 @@ class ExpertTable:
     def expect(self, prediction: Prediction) -> None:
         """Tell the policy which experts of a layer are guessed to be asked for next."""
         self._policy(prediction.layer).expect(prediction)
+
+    def count(self, keys: Iterable[ExpertKey], counts: Counts) -> None:
+        """Add requests to counts, before anything is done for them."""
+        for key in keys:
+            counts.requests += 1
+            entry = self._entries.get(key)
+            if entry is None:
+                counts.misses += 1
+                continue
+            counts.hits += entry.resident
+            counts.late += not entry.resident
+            counts.saved += entry.guessed and not entry.used
 
     def touch(self, entry: Entry) -> None:
         """Tell the policy that the router chose an expert that has a slot."""

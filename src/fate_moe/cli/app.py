@@ -45,7 +45,18 @@ def main() -> None:
     # slower as soon as another process wants a core (docs/experiments.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Commands register themselves; imported here so that `import fate_moe.cli` stays cheap.
-    from fate_moe.cli import bench, chat, eval, generate, models, simulate, stores, trace  # noqa: F401
+    from fate_moe.cli import (  # noqa: F401
+        bench,
+        calibrate,
+        chat,
+        eval,
+        generate,
+        models,
+        policies,
+        simulate,
+        stores,
+        trace,
+    )
 
     try:
         code = app(standalone_mode=False)

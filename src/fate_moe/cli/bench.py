@@ -200,7 +200,7 @@ def rivals(
         if kib and bench.disk is None:
             _tell("readahead stays as it is: it cannot be set here (needs root)")
         form = replace(form, readahead_kib=kib if bench.disk else ())
-        with _open_out(out) as lines, ending_tidily():
+        with open_out(out) as lines, ending_tidily():
             (out / "card.json").write_text(json.dumps(asdict(bench.card), indent=1) + "\n")
             found = running.run_rounds(bench, form, lines, _tell_row, progress)
     _show(found, bench, out, f"{shape}: tokens per second", json_out)
@@ -302,7 +302,12 @@ def _disk_rate(root: Path, bytes_s: int | None) -> DiskRate | None:
     return rate
 
 
-def _open_out(out: Path) -> IO[str]:
+def open_out(out: Path) -> IO[str]:
+    """Make a folder for results and open its rows.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
         return (out / "rows.jsonl").open("a", encoding="utf-8")

@@ -46,13 +46,18 @@ Policy = Annotated[
     str,
     typer.Option(
         rich_help_panel=STAGES,
-        help="tuned (what measures best), fate (the paper's rules), demand (load on demand), "
-        "resident (everything in memory).",
+        help="tuned (what measures best), fate (the paper's rules), path (experts of the most "
+        "similar request), demand (load on demand), resident (everything in memory).",
     ),
 ]
 PredictorName = Annotated[
     str | None,
-    typer.Option("--predictor", rich_help_panel=STAGES, help="cross_layer, history, or none."),
+    typer.Option(
+        "--predictor",
+        rich_help_panel=STAGES,
+        help="ridge (fitted by fate calibrate, else as "
+        "cross_layer), cross_layer (the paper's), path, history, or none.",
+    ),
 ]
 CacheName = Annotated[
     str | None,
@@ -81,7 +86,8 @@ Window = Annotated[
     typer.Option(
         metavar="N",
         rich_help_panel=STAGES,
-        help="Most guesses per layer. Default: as many as the measured computing time hides.",
+        help="Most guesses per layer, always made. Default: as many as the measured computing time "
+        "hides, and only while they pay.",
     ),
 ]
 Compute = Annotated[

@@ -78,7 +78,7 @@ def trace(
 
         fate simulate q.trace --cache lru,arc,transition,belady --capacity 10%,25%,50%
     """
-    texts = [*(prompt or []), *(_read(prompts, limit) if prompts else [])]
+    texts = [*(prompt or []), *(read_prompts(prompts, limit) if prompts else [])]
     texts = [readable(text, "prompt") for text in texts]
     if not texts:
         raise ConfigError("prompt: none given; try fate trace -p 'Why is the sky blue?'")
@@ -115,7 +115,7 @@ def _record(engine: Engine, tokenizer: object, texts: list[str], new_tokens: int
     return recorder.trace
 
 
-def _read(path: Path, limit: int | None) -> list[str]:
+def read_prompts(path: Path, limit: int | None) -> list[str]:
     """Read the prompts of a file.
 
     Raises:

@@ -74,6 +74,8 @@ def attach(
     for index, (site, experts) in enumerate(zip(sites, sums, strict=True)):
         layer = MoELayer(index, site.num_experts, predictor, mover, experts)
         site.attach(layer.forward, layer.before_router)
+        if predictor.sharpens:
+            site.watch_layer(layer.before_layer)
         moe_layers.append(layer)
     return path, moe_layers
 

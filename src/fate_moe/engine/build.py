@@ -27,8 +27,10 @@ from fate_moe.models.kv_cache import chunks_continue
 from fate_moe.models.load import load_residents
 from fate_moe.models.quantized import use_native
 from fate_moe.models.seam import MoESite
-from fate_moe.predict import make_predictor
+from fate_moe.predict import Known, make_predictor
+from fate_moe.predict.ridge import FittedRouter
 from fate_moe.prefetch.mover import Mover
+from fate_moe.store.fitted import STAGES, Map, read_fitted
 from fate_moe.store.reader import FileReader, RecordReader
 from fate_moe.telemetry import peak_rss_bytes
 from fate_moe.types import ExpertKey, Progress, no_progress
@@ -59,9 +61,7 @@ def build(
     model, sites = load_residents(store, blueprint.skeleton, blueprint.dtype)
     progress("loading the model", 1, 1)
     _check_sites(blueprint, sites)
-    predictor = make_predictor(
-        config.predict, [site.askable for site in sites], [site.num_experts for site in sites]
-    )
+    predictor = make_predictor(config.predict, _known(blueprint, sites))
     regions, spare = blueprint.share_out(predictor.width)
     reader = reader or _open_reader(blueprint)
     arena = Arena(blueprint.memory.slots, blueprint.memory.demands.slot_bytes)
@@ -72,6 +72,7 @@ def build(
         [layer.record_bytes for layer in blueprint.manifest.layers],
         io_threads=config.prefetch.io_threads,
         window=config.prefetch.window,
+        guess_levels=1 if not predictor.width else 3 if predictor.sharpens else 2,
     )
     try:
         how, layers = attach(blueprint, sites, predictor, mover, arena)
@@ -84,7 +85,10 @@ def build(
         _stop(mover, reader)
         raise
     routers = [site.askable for site in sites]
-    engine = Engine(blueprint, model, mover, reader, how, layers, routers, earlier_peak)
+    decoder_layers = [site.layer for site in sites]
+    engine = Engine(
+        blueprint, model, mover, reader, how, layers, routers, decoder_layers, earlier_peak
+    )
     model.fate = engine
     # Whoever calls `model.generate` gets the plan's bounds too.
     if chunks_continue(model):
@@ -93,6 +97,22 @@ def build(
     # A model that is dropped without `close` gives its threads, files and slots back too.
     weakref.finalize(model, _stop, mover, reader)
     return engine
+
+
+def _known(blueprint: Blueprint, sites: list[MoESite]) -> Known:
+    maps = read_fitted(blueprint.store, blueprint.manifest, blueprint.skeleton.hidden)
+    top_k = blueprint.skeleton.top_k
+    early, late = ([_router_of(one, top_k, stage) for one in maps[stage]] for stage in STAGES)
+    return Known(
+        [site.askable for site in sites], [site.num_experts for site in sites], early, late
+    )
+
+
+def _router_of(one: Map | None, top_k: int, stage: str) -> FittedRouter | None:
+    if one is None:
+        return None
+    weight, bias = torch.from_numpy(one.weight), torch.from_numpy(one.bias)
+    return FittedRouter(weight, bias, top_k, is_normed=stage == "late")
 
 
 def _fuse(model: Any, tokens: int) -> None:

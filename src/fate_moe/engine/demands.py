@@ -71,6 +71,8 @@ def demands_of(
         workspace_bytes=_workspace_bytes(manifest, skeleton, shapes, dtype, context)
         + (_record_bytes(matrices, skeleton, context) if matrices else 0)
         + _score_bytes(skeleton, scored)
+        # Read in 16 bits, kept in 32.
+        + (3 * manifest.fitted.bytes if manifest.fitted else 0)
         + cache_bytes(cache, [layer.num_experts for layer in manifest.layers]),
         slot_bytes=max(layer.record_bytes for layer in manifest.layers),
         num_experts=sum(layer.num_experts for layer in manifest.layers),

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from fate_moe.engine.attach import ComputePath
 from fate_moe.engine.plan import Blueprint
 from fate_moe.models.quantized import is_native
@@ -31,6 +33,7 @@ class Engine:
         compute: how its experts are computed.
         layers: the MoE layers, [L].
         routers: their routers, [L]; None where one cannot be asked from its gate input alone.
+        decoder_layers: what each MoE layer is in, [L]; None where that is unknown.
         earlier_peak_bytes: most memory the process had held before this engine was planned.
     """
 
@@ -41,6 +44,7 @@ class Engine:
     compute: ComputePath
     layers: Sequence[MoELayer]
     routers: Sequence[Router | None]
+    decoder_layers: Sequence[nn.Module | None]
     earlier_peak_bytes: int
 
     @property
@@ -52,8 +56,11 @@ class Engine:
     def mode(self) -> str:
         """In words, what this run does and every way it differs from the checkpoint."""
         blueprint, config = self.blueprint, self.blueprint.config
+        predictor = config.predict.predictor
+        if predictor == "ridge" and blueprint.manifest.fitted is None:
+            predictor = "cross_layer (fate calibrate would fit a better one)"
         parts = [
-            f"policy {config.policy} (predictor {config.predict.predictor}, cache "
+            f"policy {config.policy} (predictor {predictor}, cache "
             f"{config.cache.cache}, allocation {config.cache.allocation})",
             f"experts {_form(blueprint.manifest)}, {self._computed}",
             *self._resident,
@@ -67,7 +74,7 @@ class Engine:
                 f"{config.compute.int2_share:.0%} of the routed tokens) computed from two bits"
             )
         blind = sum(router is None for router in self.routers)
-        if blind and config.predict.predictor == "cross_layer":
+        if blind and config.predict.predictor in ("cross_layer", "ridge"):
             parts.append(
                 f"{blind} layers guessed from history: their router needs more than a gate input"
             )
@@ -97,6 +104,7 @@ class Engine:
         total = telemetry.total()
         return Report(
             mode=self.mode,
+            guessing=self.mover.benefit.describe(),
             requests=total.requests,
             hits=total.hits,
             late=total.late,

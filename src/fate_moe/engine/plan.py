@@ -19,7 +19,7 @@ from fate_moe.config import Config
 from fate_moe.engine.demands import context_tokens, demands_of
 from fate_moe.errors import ConfigError
 from fate_moe.models.load import Skeleton, choose_dtype, read_skeleton
-from fate_moe.predict import make_predictor
+from fate_moe.predict import Known, make_predictor
 from fate_moe.store.format import Manifest, read_manifest
 from fate_moe.telemetry import rss_bytes, system_available_bytes
 
@@ -84,7 +84,7 @@ def draw(store: Path, config: Config) -> Blueprint:
         BudgetError: the limits are below the floor.
     """
     # Names first: a typing error should not cost the time it takes to load a model.
-    make_predictor(config.predict, [], [])
+    make_predictor(config.predict, Known())
     make_cache(config.cache.cache, 1)
     make_low_experts(config.compute.int2, config.compute.int2_share)
     make_regions(config.cache.allocation, [], 0, 0)

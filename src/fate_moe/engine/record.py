@@ -53,8 +53,7 @@ class Recorder:
 
     def asked(self, layer: int, gate_input: Tensor, guess: Prediction | None) -> None:
         """See a gate input [T, D], and the guess for the next layer."""
-        if layer == 0:
-            self._now = _Now(self._layers, self._experts)
+        self._begin(layer)
         now, before = self._now, self._now.last_input
         if before is not None and before.shape == gate_input.shape:
             alike = F.cosine_similarity(gate_input.float(), before, dim=-1)
@@ -67,6 +66,11 @@ class Recorder:
             with torch.no_grad():
                 scores, _ = router(gate_input)
             now.scores[layer, : scores.shape[1]] = scores.float().mean(dim=0).numpy()
+
+    def sharpened(self, guess: Prediction) -> None:
+        """See a second guess, which takes the first one's place."""
+        self._begin(guess.layer)
+        self._now.guesses[guess.layer] = guess
 
     def chose(self, choice: Choice) -> None:
         """See what a router chose."""
@@ -81,6 +85,10 @@ class Recorder:
         self._scores.append(now.scores.astype(np.float16))
         self._similarity.append(now.similarity.astype(np.float16))
         self._on_step(len(self._steps))
+
+    def _begin(self, layer: int) -> None:
+        if layer == 0 and self._now.last_input is not None:
+            self._now = _Now(self._layers, self._experts)
 
     @property
     def trace(self) -> Trace:

@@ -157,6 +157,7 @@ class MoESite:
         router: the router module that feeds it, None when the family hides it.
         num_experts: E.
         askable: the same router as a predictor may use it, None when it needs more than x.
+        layer: the decoder layer that the experts are in, None when the path names none.
     """
 
     path: str
@@ -164,6 +165,7 @@ class MoESite:
     router: nn.Module | None
     num_experts: int
     askable: AskableRouter | None
+    layer: nn.Module | None
 
     def attach(self, forward: Forward, before_router: Callable[[Tensor], None]) -> None:
         """Let the model call `forward` for its experts, and `before_router` with gate inputs."""
@@ -171,6 +173,12 @@ class MoESite:
         if self.router is not None:
             hook = _gate_input_hook(before_router)
             self.router.register_forward_pre_hook(hook, with_kwargs=True)
+
+    def watch_layer(self, before_layer: Callable[[Tensor], None]) -> None:
+        """Let the model call `before_layer` with what enters the decoder layer, [T, D]."""
+        if self.layer is not None:
+            hook = _gate_input_hook(before_layer)
+            self.layer.register_forward_pre_hook(hook, with_kwargs=True)
 
     def math(self, weights: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
         """Run one expert's feed-forward on tokens [n, D] as the family defines it."""
@@ -201,8 +209,16 @@ def find_sites(model: nn.Module, hidden: int, dtype: torch.dtype) -> list[MoESit
             constants = _constants(router, block)
             ways = [AskableRouter(router, num_experts, constants, way) for way in (False, True)]
             askable = next((way for way in ways if _answers(way, hidden, dtype)), None)
-        sites.append(MoESite(path, experts, router, num_experts, askable))
+        layer = _decoder_layer(model, path)
+        sites.append(MoESite(path, experts, router, num_experts, askable, layer))
     return sites
+
+
+def _decoder_layer(model: nn.Module, path: str) -> nn.Module | None:
+    """Return the module of a path that ends with its first number, such as model.layers.3."""
+    parts = path.split(".")
+    number = next((place for place, part in enumerate(parts) if part.isdecimal()), None)
+    return None if number is None else model.get_submodule(".".join(parts[: number + 1]))
 
 
 def _linear(x: Tensor, weights: Mapping[str, Tensor], name: str, transposed: bool) -> Tensor:

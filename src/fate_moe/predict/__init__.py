@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Protocol
 
@@ -12,6 +13,8 @@ from fate_moe.types import Prediction
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from fate_moe.predict.ridge import FittedRouter
 
 
 class Router(Protocol):
@@ -31,35 +34,59 @@ class Predictor(Protocol):
     width: int
     """Experts guessed per decode step beyond which only the router's own top-k go; 0 = none."""
 
+    sharpens: bool
+    """Whether `sharpen` ever guesses."""
+
     def next(self, layer: int, gate_input: Tensor) -> Prediction | None:
-        """Guess from the gate input [T, D] of `layer`, or None when there is nothing to say."""
+        """Guess for the layer after `layer` from its gate input [T, D]; None: nothing to say."""
+
+    def sharpen(self, layer: int, hidden: Tensor) -> Prediction | None:
+        """Guess again for `layer` from what enters it [T, D], in place of an earlier guess.
+
+        None leaves that one as it is.
+        """
 
     def learn(self, layer: int, chosen: Sequence[int]) -> None:
         """Hear which distinct experts the router of `layer` chose in this step."""
 
 
-# name -> module path and class; each class is built from (routers [L], experts [L], PredictConfig).
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What a predictor may build on.
+
+    Attributes:
+        routers: one per MoE layer, [L]; None where the family's router cannot be asked alone.
+        experts: E of each layer, [L].
+        early: what stands in for a layer's router when it is asked with the gate input of the layer
+            before, [L]; None where nothing was fitted.
+        late: the same, asked with what enters the layer before its attention, [L].
+    """
+
+    routers: Sequence[Router | None] = ()
+    experts: Sequence[int] = ()
+    early: Sequence[FittedRouter | None] = ()
+    late: Sequence[FittedRouter | None] = ()
+
+
+# name -> module path and class; each class is built from (Known, PredictConfig).
 PREDICTORS: dict[str, str] = {
     "cross_layer": "fate_moe.predict.cross_layer:CrossLayer",
     "history": "fate_moe.predict.history:History",
     "none": "fate_moe.predict.none:NoPrediction",
+    "path": "fate_moe.predict.path:Path",
+    "ridge": "fate_moe.predict.ridge:Ridge",
 }
 
 
-def make_predictor(
-    config: PredictConfig, routers: Sequence[Router | None], experts: Sequence[int]
-) -> Predictor:
+def make_predictor(config: PredictConfig, known: Known) -> Predictor:
     """Build the predictor that `config` names.
 
-    Args:
-        routers: one per MoE layer, [L]; None where the family's router cannot be asked alone.
-        experts: E of each layer, [L].
     Raises:
         ConfigError: no such predictor.
     """
     if config.predictor not in PREDICTORS:
-        known = ", ".join(sorted(PREDICTORS))
-        raise ConfigError(f"predictor: {config.predictor!r} is none of {known}")
+        names = ", ".join(sorted(PREDICTORS))
+        raise ConfigError(f"predictor: {config.predictor!r} is none of {names}")
     module, _, cls = PREDICTORS[config.predictor].partition(":")
-    predictor: Predictor = getattr(import_module(module), cls)(routers, experts, config)
+    predictor: Predictor = getattr(import_module(module), cls)(known, config)
     return predictor

@@ -23,19 +23,19 @@ from fate_moe.types import Prediction
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fate_moe.predict import Router
+    from fate_moe.predict import Known, Router
 
 
 class CrossLayer:
     """Ask router l+1 about the gate input of layer l."""
 
-    def __init__(
-        self, routers: Sequence[Router | None], experts: Sequence[int], config: PredictConfig
-    ) -> None:
-        self._routers = tuple(routers)
+    sharpens = False
+
+    def __init__(self, known: Known, config: PredictConfig) -> None:
+        self._routers = tuple(known.routers)
         self._percentile = config.percentile
-        self._history = History(routers, experts, config) if None in self._routers else None
-        self.width = max((self._above_percentile(count) for count in experts), default=0)
+        self._history = History(known, config) if None in self._routers else None
+        self.width = max((self._above_percentile(count) for count in known.experts), default=0)
 
     def next(self, layer: int, gate_input: Tensor) -> Prediction | None:
         """Rank the experts of `layer + 1`; None for the last layer."""
@@ -44,28 +44,38 @@ class CrossLayer:
         router = self._routers[layer + 1]
         if router is None:
             return self._history.next(layer, gate_input) if self._history else None
-        scores, topk_ids = router(gate_input)  # [T, E], [T, K]
-        if topk_ids.shape[0] == 1:
-            return self._one_token(layer + 1, scores[0], topk_ids[0], router.num_experts)
-        votes = torch.bincount(topk_ids.flatten(), minlength=router.num_experts)  # [E]
-        ranked = votes.argsort(descending=True, stable=True)
-        core = int((votes > 0).sum())
-        return Prediction(layer + 1, tuple(ranked[:core].tolist()), core)
+        return self._ask(router, layer + 1, gate_input)
+
+    def sharpen(self, layer: int, hidden: Tensor) -> Prediction | None:
+        """Leave the guess as it is."""
+        return None
 
     def learn(self, layer: int, chosen: Sequence[int]) -> None:
         """Hear what a router chose; only layers that cannot be asked need it."""
         if self._history is not None and self._routers[layer] is None:
             self._history.learn(layer, chosen)
 
+    def _ask(self, router: Router, layer: int, x: Tensor) -> Prediction:
+        scores, topk_ids = router(x)  # [T, E], [T, K]
+        if topk_ids.shape[0] == 1:
+            return self._one_token(layer, scores[0], topk_ids[0], router.num_experts)
+        votes = torch.bincount(topk_ids.flatten(), minlength=router.num_experts)  # [E]
+        ranked = votes.argsort(descending=True, stable=True)
+        core = int((votes > 0).sum())
+        return Prediction(layer, tuple(ranked[:core].tolist()), core)
+
     def _one_token(self, layer: int, scores: Tensor, ids: Tensor, num_experts: int) -> Prediction:
         core: list[int] = ids.tolist()
         # The router's own choice comes first: it may follow rules (groups, correction biases)
         # that the bare scores do not show.
-        width = self._above_percentile(num_experts)
+        width = self._width(len(core), num_experts)
         by_score = scores.topk(width).indices.tolist()
         chosen = set(core)
         extra = [e for e in by_score if e not in chosen]
         return Prediction(layer, (*core, *extra), len(core))
+
+    def _width(self, core: int, num_experts: int) -> int:
+        return self._above_percentile(num_experts)
 
     def _above_percentile(self, num_experts: int) -> int:
         # In a full ranking of E scores exactly this many lie at or above the linearly

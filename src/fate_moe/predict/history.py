@@ -20,7 +20,7 @@ from fate_moe.types import Prediction
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fate_moe.predict import Router
+    from fate_moe.predict import Known
 
 FADE = 0.8  # what is left of a score after one step: the last five steps count most
 
@@ -28,9 +28,10 @@ FADE = 0.8  # what is left of a score after one step: the last five steps count 
 class History:
     """Guess what was chosen lately, the most often chosen first."""
 
-    def __init__(
-        self, routers: Sequence[Router | None], experts: Sequence[int], config: PredictConfig
-    ) -> None:
+    sharpens = False
+
+    def __init__(self, known: Known, config: PredictConfig) -> None:
+        experts = known.experts
         self._scores = [np.zeros(count) for count in experts]
         self._last = [0] * len(experts)
         self._fewest = list(experts)  # after the first step of one token: K
@@ -51,6 +52,9 @@ class History:
         count = max(core, self._share(len(scores)) if gate_input.shape[0] == 1 else 0)
         ranked = np.argsort(-scores, kind="stable")[:count]
         return Prediction(layer, tuple(ranked[scores[ranked] > 0].tolist()), core)
+
+    def sharpen(self, layer: int, hidden: Tensor) -> Prediction | None:
+        return None
 
     def learn(self, layer: int, chosen: Sequence[int]) -> None:
         """Take in what a layer's router chose in this step; nothing is nothing to learn from."""

@@ -11,20 +11,22 @@ from fate_moe.types import Prediction
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fate_moe.predict import Router
+    from fate_moe.predict import Known
 
 
 class NoPrediction:
     """The predictor of the policies `demand` and `resident`."""
 
     width = 0
+    sharpens = False
 
-    def __init__(
-        self, routers: Sequence[Router | None], experts: Sequence[int], config: PredictConfig
-    ) -> None:
+    def __init__(self, known: Known, config: PredictConfig) -> None:
         pass
 
     def next(self, layer: int, gate_input: Tensor) -> Prediction | None:
+        return None
+
+    def sharpen(self, layer: int, hidden: Tensor) -> Prediction | None:
         return None
 
     def learn(self, layer: int, chosen: Sequence[int]) -> None:

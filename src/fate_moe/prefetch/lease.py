@@ -100,7 +100,7 @@ class Lease:
             landed = [key for key, entry in self._held.items() if entry.resident]
             if landed:
                 if began is not None:
-                    self._mover.end_stall(time.perf_counter() - began)
+                    self._mover.telemetry.stall_s += time.perf_counter() - began
                 return landed[: self._together], None
             for key in self._held:
                 failure = self._mover.take_failure(key)

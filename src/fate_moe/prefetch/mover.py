@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 
 from fate_moe.cache.table import Entry, ExpertTable
 from fate_moe.errors import CacheError
+from fate_moe.prefetch.benefit import Benefit
 from fate_moe.prefetch.lease import POLL_S, Lease
 from fate_moe.prefetch.queue import ReadQueue
 from fate_moe.prefetch.turns import Turns
@@ -42,6 +43,7 @@ class Mover:
         *,
         io_threads: int,
         window: int | None,
+        guess_levels: int = 1,
     ) -> None:
         """Start the reader threads.
 
@@ -52,7 +54,11 @@ class Mover:
             record_bytes: size of one record of each layer, [L].
             io_threads: how many reads run side by side.
             window: most guesses per layer; None = as many as one layer's computing time covers.
+            guess_levels: how many levels of guessing there are to choose from, see `Benefit`; with
+                a window there is no choice.
         """
+        self.benefit = Benefit(guess_levels)
+        self._fixed_level = None if window is None else guess_levels - 1
         self.table = table
         self.telemetry = Telemetry(len(record_bytes))
         self.link = LinkMeter()
@@ -71,7 +77,7 @@ class Mover:
         self._predictions: dict[int, Prediction] = {}
         self._wishes: deque[ExpertKey] = deque()  # guessed, but without a slot so far
         self._guesses_left = 0
-        self._turns = Turns(window, self.link, self.telemetry)
+        self._turns = Turns(window, self.link, self.telemetry, self.benefit)
         self._owner: int | None = None  # thread that holds the open lease
         self._torn = False  # a critical section was left half-way
         self._closed = False
@@ -83,22 +89,32 @@ class Mover:
         for thread in self._threads:
             thread.start()
 
+    @property
+    def guess_level(self) -> int:
+        """How much should be guessed now, see `Benefit`."""
+        return self.benefit.level if self._fixed_level is None else self._fixed_level
+
     def speculate(self, prediction: Prediction | None) -> None:
         """Start reading guessed experts, as many as the window allows, most likely first.
 
-        Those that find no spare slot are tried again as the current lease gives slots back.
+        Those that find no spare slot are tried again as the current lease gives slots back. A
+        second guess for a layer takes the place of the first: what it does not name and no reader
+        has begun is dropped; it has what the first left of the window.
         Thread: the decode thread. Never blocks on a read.
         """
         if prediction is None:
             return
         layer = prediction.layer
         with self.section():
+            if layer in self._predictions:
+                self._take_back_guesses(prediction)
+            else:
+                self._guesses_left = self._turns.window(
+                    self._record_bytes[layer], self.table.spare_slots
+                )
             self._predictions[layer] = prediction
             self.table.expect(prediction)
             self._wishes.extend(ExpertKey(layer, expert) for expert in prediction.ranked)
-            self._guesses_left = self._turns.window(
-                self._record_bytes[layer], self.table.spare_slots
-            )
             self.place_guesses()
 
     def lease(self, choice: Choice) -> Lease:
@@ -260,9 +276,13 @@ class Mover:
             self.telemetry.bytes_demand -= self._record_bytes[entry.key.layer]
             self.table.drop(entry)
 
-    def end_stall(self, seconds: float) -> None:
-        """Book time that computing waited for bytes."""
-        self.telemetry.stall_s += seconds
+    def _take_back_guesses(self, prediction: Prediction) -> None:
+        """Drop what is queued and wished for a layer but not named by a later guess for it."""
+        layer, named = prediction.layer, set(prediction.ranked)
+        for stale in self._queue.cancel(lambda key: key.layer == layer and key.expert not in named):
+            self._take_back_guess(stale)
+            self._guesses_left += 1
+        self._wishes.clear()
 
     def _take_back_guess(self, entry: Entry) -> None:
         self.telemetry.guesses -= 1
@@ -295,17 +315,9 @@ class Mover:
         self._torn = False
 
     def _count(self, choice: Choice, keys: Sequence[ExpertKey]) -> None:
-        counts = self.telemetry.counts[choice.phase][choice.layer]
-        counts.requests += len(keys)
-        for key in keys:
-            entry = self.table.get(key)
-            if entry is None:
-                counts.misses += 1
-                continue
-            counts.hits += entry.resident
-            counts.late += not entry.resident
-            counts.saved += entry.guessed and not entry.used
+        self.table.count(keys, counts := self.telemetry.counts[choice.phase][choice.layer])
         prediction = self._predictions.pop(choice.layer, None)
+        self._predictions.clear()  # of a step that failed on the way
         if prediction is not None:
             counts.add_guess(prediction, choice.experts)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+from fate_moe.prefetch.benefit import Benefit
 from fate_moe.telemetry import LinkMeter, MovingAverage, Telemetry
 from fate_moe.types import Phase
 
@@ -16,18 +17,23 @@ from fate_moe.types import Phase
 class Turns:
     """The turn that is on, and what the ones before it took."""
 
-    def __init__(self, window: int | None, link: LinkMeter, telemetry: Telemetry) -> None:
+    def __init__(
+        self, window: int | None, link: LinkMeter, telemetry: Telemetry, benefit: Benefit
+    ) -> None:
         """Start before the first turn.
 
         Args:
             window: most guesses per layer; None = as many as one layer's computing time covers.
             link: how fast guesses come in.
             telemetry: knows the time spent waiting.
+            benefit: told how long decode steps take, from the first layer's demand to the last's.
         """
         self.compute_s = {phase: MovingAverage() for phase in Phase}
         self._window = window
         self._link = link
         self._telemetry = telemetry
+        self._benefit = benefit
+        self._step_began_s: float | None = None
         self._now: _Turn | None = None
 
     @property
@@ -41,6 +47,11 @@ class Turns:
         now, stalled, last = time.perf_counter(), self._telemetry.stall_s, self._now
         if last is not None and layer > last.layer:
             self.compute_s[last.phase].add(now - last.began_s - (stalled - last.stalled_s))
+        if layer == 0:
+            self._step_began_s = now if phase is Phase.DECODE else None
+        elif layer == self._telemetry.layers - 1 and self._step_began_s is not None:
+            self._benefit.end_step(now - self._step_began_s)
+            self._step_began_s = None
         self._now = _Turn(layer, phase, now, stalled)
 
     def window(self, read_bytes: int, spare_slots: int) -> int:

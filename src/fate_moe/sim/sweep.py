@@ -103,7 +103,7 @@ def make_policy_maker(cache: str, trace: Trace | None = None) -> MakePolicy:
         ConfigError: no such policy.
     """
     if cache == BELADY and trace is not None:
-        return partial(Belady, future=_future(trace))
+        return partial(Belady, future=future_of(trace))
     if cache not in CACHES:
         raise ConfigError(f"cache: {cache!r} is none of {', '.join(sorted([*CACHES, BELADY]))}")
     return partial(_by_name, cache)
@@ -113,7 +113,8 @@ def _by_name(cache: str, capacity_slots: int) -> EvictionPolicy:
     return make_cache(cache, capacity_slots)
 
 
-def _future(trace: Trace) -> dict[ExpertKey, list[int]]:
+def future_of(trace: Trace) -> dict[ExpertKey, list[int]]:
+    """Return when each expert is asked for, counted in requests: what Belady knows."""
     future: dict[ExpertKey, list[int]] = {}
     now = 0
     for step in trace.steps:

@@ -16,21 +16,21 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
 
-from fate_moe.errors import FormatError, StoreError
-from fate_moe.sim.trace import MOST_EXPERTS, MOST_LAYERS, MOST_TOKENS, Step, Trace
+from fate_moe.errors import FormatError
+from fate_moe.sim.trace import MOST_BYTES, MOST_EXPERTS, MOST_LAYERS, MOST_TOKENS, Step, Trace
+from fate_moe.store.arrays import read_arrays, write_arrays
 from fate_moe.store.fields import Fields
-from fate_moe.store.header import Header, load_json, read_header
+from fate_moe.store.header import load_json
 from fate_moe.types import Choice, Prediction
 
 VERSION = 1
 _DIMS = {"scores": 3, "similarity": 2}  # every other array has one
 _DTYPES = {
-    "about": "U8", "tokens": "I32", "requests": "U16", "request_ends": "I64", "counts": "I32",
-    "guesses": "U16", "guess_ends": "I64", "cores": "U16", "scores": "F16", "similarity": "F16",
+    "about": np.uint8, "tokens": np.int32, "requests": np.uint16, "request_ends": np.int64,
+    "counts": np.int32, "guesses": np.uint16, "guess_ends": np.int64, "cores": np.uint16,
+    "scores": np.float16, "similarity": np.float16,
 }  # fmt: skip
-_NUMPY = {"U8": np.uint8, "U16": np.uint16, "I32": np.int32, "I64": np.int64, "F16": np.float16}
 _MOST_ABOUT = 1 << 20
 
 
@@ -66,14 +66,7 @@ def write_packed(trace: Trace, path: Path) -> None:
         values = getattr(trace, name)
         if values is not None:
             arrays[name] = values.astype(np.float16)
-    part = path.with_name(f"{path.name}.part")
-    try:
-        save_file(arrays, part)
-        part.replace(path)
-    except Exception as error:
-        part.unlink(missing_ok=True)
-        why = getattr(error, "strerror", None) or error
-        raise StoreError(f"{path}: cannot be written: {why}") from error
+    write_arrays(arrays, path)
 
 
 def _flat(lists: Sequence[Sequence[int]], dtype: type) -> NDArray[Any]:
@@ -90,7 +83,7 @@ def read_packed(path: Path) -> Trace:
     Raises:
         FormatError: the file is missing or is no sound trace.
     """
-    arrays = _read_arrays(path, read_header(path))
+    arrays = _read_parts(path)
     trace = _read_about(arrays["about"], str(path))
     layers, steps = len(trace.experts), len(arrays["tokens"])
     where, tokens = f"{path}: ", arrays["tokens"]
@@ -111,15 +104,11 @@ def read_packed(path: Path) -> Trace:
     )
 
 
-def _read_arrays(path: Path, header: Header) -> dict[str, NDArray[Any]]:
-    arrays = {}
-    with path.open("rb") as file:
-        for name, entry in header.tensors.items():
-            if _DTYPES.get(name) != entry.dtype or len(entry.shape) != _DIMS.get(name, 1):
-                raise FormatError(f"{path}: {name!r:.80} of {entry.dtype} is no part of a trace")
-            file.seek(entry.offset)
-            data = np.frombuffer(file.read(entry.nbytes), _NUMPY[entry.dtype])
-            arrays[name] = data.reshape(entry.shape)
+def _read_parts(path: Path) -> dict[str, NDArray[Any]]:
+    arrays = read_arrays(path, MOST_BYTES)
+    for name, array in arrays.items():
+        if _DTYPES.get(name) != array.dtype or array.ndim != _DIMS.get(name, 1):
+            raise FormatError(f"{path}: {name!r:.80} of {array.dtype} is no part of a trace")
     missing = set(_DTYPES) - set(_DIMS) - set(arrays)
     if missing:
         raise FormatError(f"{path}: no trace of fate: {', '.join(sorted(missing))} missing")

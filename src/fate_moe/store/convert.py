@@ -34,8 +34,8 @@ from fate_moe.store.format import (
     RESIDENT_FILE,
     LayerEntry,
     Manifest,
-    Resident,
     Source,
+    WholeFile,
     is_store,
     layer_file,
     layer_header,
@@ -310,7 +310,7 @@ class _Job:
             raise ModelError(f"{key}: {len(record)} bytes, the layer has {need} per record")
         return record, record_checksum(record)
 
-    def _resident(self) -> Resident:
+    def _resident(self) -> WholeFile:
         size = self._resident_bytes
         done = self._work.finished(RESIDENT_FILE, size)
         if done is None:
@@ -320,7 +320,7 @@ class _Job:
             self._work.finish(RESIDENT_FILE, size, done)
         else:
             self._advance(_COPYING, size)
-        return Resident(RESIDENT_FILE, size, done[0])
+        return WholeFile(RESIDENT_FILE, size, done[0])
 
     def _resident_pieces(self) -> Iterator[bytes | memoryview]:
         yield self._count(_COPYING, self._resident_header)

@@ -116,8 +116,8 @@ class LayerEntry:
 
 
 @dataclass(frozen=True, slots=True)
-class Resident:
-    """The file of everything that is not a routed expert; blake2b-128 of the whole file."""
+class WholeFile:
+    """A file that is read as a whole; blake2b-128 of it."""
 
     file: str
     bytes: int
@@ -136,13 +136,15 @@ class Manifest:
             each packing: kept as it was, requantized, or dequantized.
         layers: MoE layers in model order; the index is `ExpertKey.layer`.
         resident: the rest of the model.
+        fitted: what `fate calibrate` fitted, see `fitted.py`; None until then.
     """
 
     source: Source
     dtype: str
     quantization: Mapping[str, object]
     layers: tuple[LayerEntry, ...]
-    resident: Resident
+    resident: WholeFile
+    fitted: WholeFile | None = None
     format: int = field(default=VERSION)
 
     @property
@@ -164,7 +166,10 @@ class Manifest:
 
     def to_json(self) -> dict[str, object]:
         """Describe the manifest in JSON types; `parse_manifest` is the inverse."""
-        return asdict(self)
+        data = asdict(self)
+        if self.fitted is None:  # as stores were before there was such a thing
+            del data["fitted"]
+        return data
 
 
 def write_manifest(manifest: Manifest) -> bytes:
@@ -217,7 +222,8 @@ def parse_manifest(data: bytes, name: str = MANIFEST_FILE) -> Manifest:
         dtype=top.choice("dtype", DTYPES),
         quantization=quantization.rest(),
         layers=layers,
-        resident=_resident(top.fields("resident")),
+        resident=_whole_file(top.fields("resident")),
+        fitted=_whole_file(top.fields("fitted")) if "fitted" in top.rest() else None,
     )
     top.done()
     _check_whole(manifest, name)
@@ -262,8 +268,8 @@ def _layer(fields: Fields) -> LayerEntry:
     return entry
 
 
-def _resident(fields: Fields) -> Resident:
-    entry = Resident(
+def _whole_file(fields: Fields) -> WholeFile:
+    entry = WholeFile(
         file=fields.file_name("file"),
         bytes=fields.integer("bytes", 8, MAX_FILE_BYTES),
         checksum=fields.matching("checksum", CHECKSUM),
@@ -273,7 +279,8 @@ def _resident(fields: Fields) -> Resident:
 
 
 def _check_whole(manifest: Manifest, name: str) -> None:
-    files = [layer.file for layer in manifest.layers] + [manifest.resident.file]
+    whole = [one.file for one in (manifest.resident, manifest.fitted) if one is not None]
+    files = [layer.file for layer in manifest.layers] + whole
     for what, values in (("file", files), ("path", [layer.path for layer in manifest.layers])):
         if len(set(values)) != len(values):
             twice = next(value for value in values if values.count(value) > 1)

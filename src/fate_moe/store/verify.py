@@ -11,7 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fate_moe.errors import FormatError
-from fate_moe.store.format import LayerEntry, Manifest, layer_header, read_manifest
+from fate_moe.store.format import (
+    LayerEntry,
+    Manifest,
+    WholeFile,
+    layer_header,
+    read_manifest,
+)
 from fate_moe.store.reader import check_layer_file, record_checksum
 from fate_moe.types import ExpertKey, Progress, no_progress
 
@@ -76,7 +82,9 @@ class _Check:
     def run(self) -> VerifyReport:
         for index, entry in enumerate(self._manifest.layers):
             self._layer(index, entry)
-        self._resident()
+        for whole in (self._manifest.resident, self._manifest.fitted):
+            if whole is not None:
+                self._whole(whole)
         return VerifyReport(self._intact, self._read_bytes, tuple(self._findings))
 
     def _layer(self, index: int, entry: LayerEntry) -> None:
@@ -99,8 +107,7 @@ class _Check:
                 why = f"checksum {found}, expected {entry.checksums[expert]}"
                 self._findings.append(Finding(entry.file, ExpertKey(index, expert), offset, why))
 
-    def _resident(self) -> None:
-        entry = self._manifest.resident
+    def _whole(self, entry: WholeFile) -> None:
         path = self._folder / entry.file
         found = self._digest(path, 0, entry.bytes)
         if found != entry.checksum:

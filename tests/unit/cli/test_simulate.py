@@ -94,7 +94,7 @@ def test_from_a_model_to_a_simulation(tiny_store: Path, tmp_path: Path) -> None:
     out = tmp_path / "tiny.trace"
     result = fate(
         "trace", tiny_store, "--prompts", prompts, "--limit", "2", "-p", "How", "-n", "6",
-        "--experts", "60%", "-o", out, "--json",
+        "--experts", "60%", "--predictor", "cross_layer", "-o", out, "--json",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     data = json.loads(result.stdout)

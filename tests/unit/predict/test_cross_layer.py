@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fate_moe.config import PredictConfig
 from fate_moe.errors import ConfigError
-from fate_moe.predict import PREDICTORS, Router, make_predictor
+from fate_moe.predict import PREDICTORS, Known, Router, make_predictor
 from fate_moe.predict.cross_layer import CrossLayer
 from fate_moe.types import Prediction
 
@@ -29,7 +29,7 @@ class LinearRouter:
 
 def predictor(routers: Sequence[Router | None], percentile: float = 75.0) -> CrossLayer:
     experts = [16 if router is None else router.num_experts for router in routers]
-    return CrossLayer(routers, experts, PredictConfig(percentile=percentile))
+    return CrossLayer(Known(routers, experts), PredictConfig(percentile=percentile))
 
 
 def test_one_token_gets_top_k_and_all_above_the_percentile() -> None:
@@ -83,7 +83,7 @@ def test_guesses_are_distinct_experts_of_the_next_layer(
 ) -> None:
     routers = [LinearRouter(12, 3, seed), LinearRouter(12, 3, seed + 1)]
     config = PredictConfig(predictor=name, percentile=percentile)
-    made = make_predictor(config, routers, [12, 12])
+    made = make_predictor(config, Known(routers, [12, 12]))
     made.learn(1, [seed % 12, (seed + 5) % 12])
     x = torch.randn(tokens, 8, generator=torch.Generator().manual_seed(seed))
     guess = made.next(0, x)
@@ -95,8 +95,10 @@ def test_guesses_are_distinct_experts_of_the_next_layer(
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="'oracl' is none of cross_layer, history, none"):
-        make_predictor(PredictConfig(predictor="oracl"), [], [])
+    with pytest.raises(
+        ConfigError, match="'oracl' is none of cross_layer, history, none, path, ridge"
+    ):
+        make_predictor(PredictConfig(predictor="oracl"), Known())
 
 
 def test_a_layer_that_cannot_be_asked_is_guessed_from_its_history() -> None:

@@ -3,6 +3,7 @@
 import torch
 
 from fate_moe.config import PredictConfig
+from fate_moe.predict import Known
 from fate_moe.predict.history import History
 from fate_moe.types import Prediction
 
@@ -10,7 +11,7 @@ ONE, MANY = torch.zeros(1, 4), torch.zeros(7, 4)
 
 
 def history(experts: int = 16) -> History:
-    return History([None, None], [experts, experts], PredictConfig())
+    return History(Known([None, None], [experts, experts]), PredictConfig())
 
 
 def test_without_a_past_and_behind_the_last_layer_nothing_is_guessed() -> None:

@@ -398,3 +398,61 @@ def test_a_withdrawn_demand_costs_no_bytes(bench: Callable[..., Bench]) -> None:
         run()
     b.settle()
     assert b.mover.telemetry.bytes_demand == len(b.reader.reads) * RECORD
+
+
+def test_a_second_guess_takes_the_first_ones_place(bench: Callable[..., Bench]) -> None:
+    b = bench([1, 1], 6)
+    b.use(0, [0])
+    b.reader.gate.clear()
+    b.mover.speculate(guess(1, 4, 5, 6, 7))
+    deadline = time.monotonic() + 5
+    while b.mover._reading < 2:  # both readers have begun, two reads wait
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    assert b.mover.telemetry.guesses == 4
+    b.mover.speculate(guess(1, 8, 5))
+    experts = {e.key.expert for e in b.mover.table.entries() if e.key.layer == 1}
+    assert experts == {4, 5, 8}  # what readers have begun is read to its end
+    assert b.mover.telemetry.guesses == 3
+    b.reader.gate.set()
+    b.settle()
+    b.use(1, [5, 8])
+    counts = b.mover.telemetry.total(layer=1)
+    assert (counts.hits, counts.misses, counts.recall_hit) == (2, 0, 2)
+
+
+def test_a_second_guess_has_what_the_first_left_of_the_window(bench: Callable[..., Bench]) -> None:
+    b = bench([1, 1], 6, window=3)
+    b.use(0, [0])
+    b.mover.speculate(guess(1, 4, 5))
+    b.settle()
+    b.mover.speculate(guess(1, 4, 5, 6, 7))
+    assert b.mover.telemetry.guesses == 3
+    # The next layer's first guess has the whole window again.
+    b.settle()
+    b.use(1, [4])
+    b.mover.speculate(guess(0, 1, 2, 3, 4))
+    assert b.mover.telemetry.guesses == 6
+
+
+def test_how_much_is_guessed_follows_what_pays(bench: Callable[..., Bench]) -> None:
+    b = bench([1, 1], 2)
+    free = Mover(
+        b.mover.table, b.reader, b.view, [RECORD] * 2, io_threads=1, window=None, guess_levels=3
+    )
+    try:
+        levels = set()
+        for _ in range(40):
+            levels.add(free.guess_level)
+            for layer in (0, 1):
+                with free.lease(Choice(layer, [0])) as arriving:
+                    list(arriving)
+        assert levels == {0, 1, 2}
+    finally:
+        free.close()
+    fixed = Mover(
+        b.mover.table, b.reader, b.view, [RECORD] * 2, io_threads=1, window=5, guess_levels=3
+    )
+    fixed.benefit.level = 0
+    assert fixed.guess_level == 2
+    fixed.close()

@@ -10,8 +10,8 @@ from fate_moe.errors import FormatError, StoreError
 from fate_moe.store.format import (
     LayerEntry,
     Manifest,
-    Resident,
     Source,
+    WholeFile,
     layer_file,
     parse_manifest,
     read_manifest,
@@ -41,7 +41,7 @@ def make_manifest() -> Manifest:
         dtype="bfloat16",
         quantization={"bits": 4, "group": 64},
         layers=layers,
-        resident=Resident("resident.safetensors", 123456, "2" * 32),
+        resident=WholeFile("resident.safetensors", 123456, "2" * 32),
     )
 
 

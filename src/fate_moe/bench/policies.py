@@ -1,0 +1,254 @@
+"""Which policy is how fast on the same prompts, over budgets and links?
+
+Everything runs in turns: every round runs each cell once with each policy, one after the other, so
+that what else the machine does falls on all. A cell is a budget and a link. Prompts are answered
+greedily, so every policy computes the same tokens; the first ones warm the engine up, as in a
+server that has been running for a while. Beside them a bound: what nobody can be faster than.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from fate_moe.bench.throttle import ThrottledReader
+from fate_moe.cache.allocation import Regions
+from fate_moe.cache.belady import Belady
+from fate_moe.config import make_config
+from fate_moe.engine.build import build
+from fate_moe.engine.demands import PREFILL_CHUNK_TOKENS
+from fate_moe.engine.handle import Engine
+from fate_moe.engine.record import Recorder
+from fate_moe.errors import ConfigError
+from fate_moe.models.kv_cache import new_cache
+from fate_moe.models.load import load_tokenizer
+from fate_moe.sim.guesses import make_guesser
+from fate_moe.sim.replay import replay
+from fate_moe.sim.sweep import future_of
+from fate_moe.sim.trace import Step, Trace
+from fate_moe.store.format import read_manifest
+from fate_moe.store.reader import FileReader
+from fate_moe.types import Phase, Progress
+
+BOUND = "bound"
+_EARLIER_ROUND = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What is measured.
+
+    Attributes:
+        policies: names, as for `make_config`.
+        budgets: shares of all experts that have slots, in (0, 1).
+        links: bytes per second; None: the disk as it is.
+        rounds: runs of each cell with each policy.
+        prompt_tokens, new_tokens: of each request.
+        warm_ups: requests before those that count.
+        settings: further settings of `make_config`.
+    """
+
+    policies: tuple[str, ...]
+    budgets: tuple[float, ...]
+    links: tuple[float | None, ...]
+    rounds: int
+    prompt_tokens: int
+    new_tokens: int
+    warm_ups: int
+    settings: tuple[tuple[str, object], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One policy in one cell; counts and bytes are of decoding alone, for each token.
+
+    Attributes:
+        round: from 1; 0 for the bound, which is computed.
+        stall_share: of the time that computing waited for bytes, of the whole run.
+    """
+
+    round: int
+    policy: str
+    budget: float
+    link_bytes_s: float | None
+    prefill_tok_s: float | None
+    decode_tok_s: float
+    hit_rate: float | None
+    late_rate: float | None
+    recall: float | None
+    bytes_token: float
+    stall_share: float | None
+    guessing: str = ""
+
+
+def run_policies(
+    store: Path,
+    prompts: Sequence[str],
+    form: Form,
+    out: IO[str],
+    on_row: Callable[[Row], None],
+    progress: Progress,
+) -> list[Row]:
+    """Measure everything, round by round; the bound first.
+
+    Args:
+        prompts: texts; each is cut, or repeated, to the form's prompt length.
+        out: receives a line for each row.
+    Raises:
+        ConfigError: too few prompts; FateError: as `build`.
+    """
+    requests = _requests(store, prompts, form)
+    rows: list[Row] = []
+
+    def take(row: Row) -> None:
+        rows.append(row)
+        out.write(json.dumps(asdict(row)) + "\n")
+        out.flush()
+        on_row(row)
+
+    total = 1 + form.rounds * len(form.budgets) * len(form.links) * len(form.policies)
+    progress("measuring policies", 0, total)
+    for row in _bounds(store, requests, form):
+        take(row)
+    done = 1
+    for number in range(form.rounds):
+        for budget in form.budgets:
+            for link in form.links:
+                for policy in form.policies:
+                    progress("measuring policies", done, total)
+                    take(_measure(store, requests, form, policy, budget, link, number + 1))
+                    done += 1
+    progress("measuring policies", total, total)
+    return rows
+
+
+def _requests(store: Path, prompts: Sequence[str], form: Form) -> list[Tensor]:
+    if len(prompts) <= form.warm_ups:
+        raise ConfigError(
+            f"prompts: {len(prompts)}, of which {form.warm_ups} warm up; need one more at least"
+        )
+    tokenizer: Any = load_tokenizer(store)
+    requests = []
+    for text in prompts:
+        ids = tokenizer(text)["input_ids"]
+        if not ids:
+            raise ConfigError("prompts: one of them is empty")
+        whole = ids * -(-form.prompt_tokens // len(ids))
+        requests.append(torch.tensor([whole[: form.prompt_tokens]]))
+    return requests
+
+
+def _open(store: Path, form: Form, policy: str, budget: float | None, link: float | None) -> Engine:
+    settings = {"context_tokens": form.prompt_tokens + form.new_tokens + 8, **dict(form.settings)}
+    if budget is not None:
+        settings["experts"] = f"{100 * budget:g}%"
+    config = make_config(policy, **settings)
+    if link is None:
+        return build(store, config)
+    reader = FileReader(store, read_manifest(store))
+    return build(store, config, reader=ThrottledReader(reader, link))
+
+
+def _measure(
+    store: Path,
+    requests: Sequence[Tensor],
+    form: Form,
+    policy: str,
+    budget: float,
+    link: float | None,
+    number: int,
+) -> Row:
+    engine = _open(store, form, policy, budget, link)
+    try:
+        for request in requests[: form.warm_ups]:
+            _answer(engine.model, request, form.new_tokens)
+        engine.mover.reset()
+        times = [_answer(engine.model, one, form.new_tokens) for one in requests[form.warm_ups :]]
+        report = engine.report()
+        counts = engine.mover.telemetry.total(Phase.DECODE)
+    finally:
+        engine.close()
+    prefill_s, decode_s = (sum(part) for part in zip(*times, strict=True))
+    tokens = len(times) * form.new_tokens
+    moved = report.bytes_demand + report.bytes_speculated
+    return Row(
+        round=number,
+        policy=policy,
+        budget=budget,
+        link_bytes_s=link,
+        prefill_tok_s=len(times) * form.prompt_tokens / prefill_s,
+        decode_tok_s=tokens / decode_s,
+        hit_rate=counts.hit_rate,
+        late_rate=counts.late / counts.requests if counts.requests else None,
+        recall=counts.recall,
+        bytes_token=moved / tokens,
+        stall_share=report.stall_s / (prefill_s + decode_s),
+        guessing=report.guessing,
+    )
+
+
+@torch.no_grad()
+def _answer(model: Any, ids: Tensor, new_tokens: int) -> tuple[float, float]:
+    """Read a prompt and write greedily; return the seconds of each."""
+    cache = new_cache(model)
+    began_s = time.perf_counter()
+    for piece in torch.split(ids, PREFILL_CHUNK_TOKENS, dim=1):
+        logits = model(
+            input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=1
+        ).logits
+    read_s = time.perf_counter()
+    for _ in range(new_tokens):
+        token = logits[:, -1:].argmax(dim=-1)
+        logits = model(input_ids=token, past_key_values=cache, use_cache=True).logits
+    return read_s - began_s, time.perf_counter() - read_s
+
+
+def _bounds(store: Path, requests: Sequence[Tensor], form: Form) -> Iterator[Row]:
+    """Compute the bound of each cell: everything resident, or the fewest bytes over the link.
+
+    The fewest bytes are Belady's, with all slots in one region and every need known ahead.
+    """
+    engine = _open(store, form, "resident", None, None)
+    try:
+        with Recorder(engine) as recorder:
+            for request in requests:
+                _answer(engine.model, request, form.new_tokens)
+        trace = recorder.trace
+        counted = requests[form.warm_ups :]
+        decode_s = sum(_answer(engine.model, one, form.new_tokens)[1] for one in counted)
+    finally:
+        engine.close()
+    token_s = decode_s / (len(counted) * form.new_tokens)
+    steps = [step for step in trace.steps if step.phase is Phase.DECODE]
+    for budget in form.budgets:
+        moved = _fewest_bytes(trace, steps, budget) / len(steps)
+        for link in form.links:
+            if link is not None:
+                rate = 1 / max(token_s, moved / link)
+                yield Row(
+                    _EARLIER_ROUND, BOUND, budget, link, None, rate, None, None, None, moved, None
+                )
+
+
+def _fewest_bytes(trace: Trace, steps: Sequence[Step], budget: float) -> int:
+    decoding = Trace(
+        trace.model, trace.experts, trace.top_k, steps, trace.record_bytes, trace.predictor
+    )
+    slots = int(budget * sum(trace.experts))
+    found = replay(
+        decoding,
+        Regions((slots,), (0,) * len(trace.experts)),
+        partial(Belady, future=future_of(decoding)),
+        make_guesser("none", decoding),
+        decoding.record_bytes or (),
+        leases=True,
+    )
+    return found.bytes_demand

@@ -1,0 +1,121 @@
+"""How does a comparison of policies look: medians, a table, a plot?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+
+from fate_moe.bench.policies import BOUND, Row
+from fate_moe.errors import ConfigError
+
+_BOUND_COLOUR = "#222222"
+Cell = tuple[float | None, float]  # link, budget
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """Write medians over the rounds, a policy a line, by link and budget."""
+    lines = [
+        "| link | experts | policy | decode tok/s | range | prefill tok/s | hit | late | recall "
+        "| MiB a token | stall | against demand | of the bound |",
+        "|---" * 13 + "|",
+    ]
+    for link, budget in _cells(rows):
+        own = {name: [r for r in rows if _is(r, name, link, budget)] for name in _policies(rows)}
+        demand = _median(own.get("demand", ()), lambda row: row.decode_tok_s)
+        bound = _median(own.get(BOUND, ()), lambda row: row.decode_tok_s)
+        for name, ones in own.items():
+            if ones:
+                lines.append(f"| {' | '.join(_line(name, ones, demand, bound))} |")
+    return "\n".join(lines) + "\n"
+
+
+def _line(
+    name: str, ones: Sequence[Row], demand: float | None, bound: float | None
+) -> tuple[str, ...]:
+    rate = median(row.decode_tok_s for row in ones)
+    low, high = min(row.decode_tok_s for row in ones), max(row.decode_tok_s for row in ones)
+    prefill = _median(ones, lambda row: row.prefill_tok_s)
+    return (
+        link_text(ones[0].link_bytes_s),
+        f"{100 * ones[0].budget:g} %",
+        name,
+        f"{rate:.2f}",
+        f"{low:.2f} to {high:.2f}" if len(ones) > 1 else "-",
+        "-" if prefill is None else f"{prefill:.1f}",
+        *(
+            _percent(_median(ones, one))
+            for one in (
+                lambda row: row.hit_rate,
+                lambda row: row.late_rate,
+                lambda row: row.recall,
+            )
+        ),
+        f"{median(row.bytes_token for row in ones) / 2**20:.2f}",
+        _percent(_median(ones, lambda row: row.stall_share)),
+        "-" if not demand else f"{rate / demand:.2f}x",
+        "-" if not bound else f"{100 * rate / bound:.0f} %",
+    )
+
+
+def plot(rows: Sequence[Row], path: Path, title: str) -> None:
+    """Draw decode speed against budget, one panel a link; the file's suffix gives the format.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    links = list(dict.fromkeys(link for link, _ in _cells(rows)))
+    figure = Figure(figsize=(4.4 * len(links) + 0.6, 4.2), layout="constrained")
+    panels = figure.subplots(1, len(links), squeeze=False)[0]
+    for axis, link in zip(panels, links, strict=True):
+        for name in _policies(rows):
+            budgets = [b for one, b in _cells(rows) if one == link]
+            found = [(b, [r for r in rows if _is(r, name, link, b)]) for b in budgets]
+            at = [(100 * b, median(r.decode_tok_s for r in ones)) for b, ones in found if ones]
+            if at:
+                style = {"color": _BOUND_COLOUR, "linestyle": "--"} if name == BOUND else {}
+                axis.plot(*zip(*at, strict=True), marker="o", markersize=3.5, label=name, **style)
+        axis.set_title(f"link {link_text(link)}", fontsize=9)
+        axis.set_xlabel("experts with a slot, %", fontsize=9)
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8)
+    panels[0].set_ylabel("decode, tokens per second", fontsize=9)
+    panels[-1].legend(fontsize=8, frameon=False, loc="lower right")
+    figure.suptitle(title.replace("$", r"\$"), fontsize=10)  # no mathematics in names
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be written: {error}") from error
+
+
+def link_text(bytes_s: float | None) -> str:
+    """Name a link."""
+    return "as it is" if bytes_s is None else f"{bytes_s / 1e9:g} GB/s"
+
+
+def _policies(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(row.policy for row in rows))
+
+
+def _cells(rows: Sequence[Row]) -> list[Cell]:
+    """List the links and budgets that were measured, in order."""
+    found = dict.fromkeys((r.link_bytes_s, r.budget) for r in rows if r.policy != BOUND)
+    links = list(dict.fromkeys(link for link, _ in found))
+    return sorted(found, key=lambda cell: (links.index(cell[0]), cell[1]))
+
+
+def _is(row: Row, name: str, link: float | None, budget: float) -> bool:
+    return (row.policy, row.link_bytes_s, row.budget) == (name, link, budget)
+
+
+def _median(ones: Sequence[Row], value: Callable[[Row], float | None]) -> float | None:
+    known = [found for row in ones if (found := value(row)) is not None]
+    return median(known) if known else None
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f} %"

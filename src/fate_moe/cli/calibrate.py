@@ -1,0 +1,114 @@
+"""`fate calibrate`: fit maps that tell a model's routers ahead of them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fate_moe.cli import options
+from fate_moe.cli.app import app
+from fate_moe.cli.generate import open_engine
+from fate_moe.cli.terminal import TerminalProgress, emit_json, guarded, show_report, show_table
+from fate_moe.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fate_moe.engine.calibrate import LayerFit
+
+_CHARACTERS_PER_TOKEN = 12  # more than any text has
+
+TextFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--text", metavar="FILE",
+        help="UTF-8 text like what you will ask and read, some hundred kilobytes; also .xz.",
+    ),
+]  # fmt: skip
+Tokens = Annotated[
+    int,
+    typer.Option(metavar="N", min=2048, max=1 << 24, help="Most tokens of it, from its start."),
+]
+
+
+@app.command("calibrate")
+@guarded
+def calibrate(
+    model: options.Model = "smolmoe",
+    text: TextFile = None,
+    tokens: Tokens = 16384,
+    ram: options.Ram = None,
+    experts: options.Experts = None,
+    compute: options.Compute = None,
+    dtype: options.Dtype = None,
+    threads: options.Threads = None,
+    revision: options.Revision = None,
+    cache_dir: options.CacheDir = None,
+    json_out: options.JsonOut = False,
+) -> None:
+    """Learn from a text to guess a model's experts better; once per model.
+
+    Writes small linear maps into the model's store, for `--predictor ridge`. Only guesses
+    change, never an answer. The table shows recall on parts of the text that were not learned from.
+
+    Examples:
+
+        fate calibrate --text notes.txt
+
+        fate calibrate Qwen/Qwen1.5-MoE-A2.7B-Chat --text corpus.txt.xz --ram 6GiB
+    """
+    if text is None:
+        raise ConfigError("text: none given; try fate calibrate --text FILE")
+    words = _read(text, _CHARACTERS_PER_TOKEN * tokens)
+    engine, tokenizer = open_engine(
+        model, revision, cache_dir,
+        policy="demand", ram=ram, experts=experts, compute=compute, dtype=dtype, threads=threads,
+    )  # fmt: skip
+    try:
+        with TerminalProgress() as progress:
+            from fate_moe.engine import calibrate as fitting
+
+            ids = _tokenize(tokenizer, words)[:tokens]
+            rows = fitting.calibrate(engine, ids, progress)
+        store = engine.blueprint.store
+    finally:
+        engine.close()
+    if json_out:
+        emit_json({"store": str(store), "layers": [asdict(row) for row in rows]})
+        return
+    show_table(("layer", "guesses", "paper", "early", "late"), [_cells(row) for row in rows])
+    show_report([*_means(rows), ("written", str(store))])
+
+
+def _read(path: Path, most: int) -> str:
+    from fate_moe.bench.sets import read_text
+
+    return read_text(path)[:most]
+
+
+def _tokenize(tokenizer: Any, words: str) -> Any:
+    import torch
+
+    from fate_moe.models.load import quiet_transformers
+
+    with quiet_transformers():
+        return torch.tensor(tokenizer(words)["input_ids"])
+
+
+def _cells(row: LayerFit) -> list[str]:
+    return [str(row.layer), str(row.width), *map(_percent, (row.paper, row.early, row.late))]
+
+
+def _means(rows: list[LayerFit]) -> list[tuple[str, str]]:
+    found = []
+    for name in ("paper", "early", "late"):
+        values = [value for row in rows if (value := getattr(row, name)) is not None]
+        if values:
+            mean = _percent(sum(values) / len(values))
+            found.append((f"recall, {name}", f"{mean} on {len(values)} layers"))
+    return found
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f} %"

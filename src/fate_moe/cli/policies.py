@@ -1,0 +1,211 @@
+"""`fate bench policies`: which policy is how fast, over budgets and links?"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fate_moe.cli import options
+from fate_moe.cli.bench import WHAT, JsonOut, bench_app, open_out
+from fate_moe.cli.terminal import (
+    TerminalProgress,
+    default_cache_dir,
+    emit_json,
+    guarded,
+    say,
+    show_report,
+)
+from fate_moe.cli.trace import PromptFile, read_prompts
+from fate_moe.config import parse_size
+from fate_moe.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fate_moe.bench.policies import Form, Row
+
+_OWN_PROMPTS = (
+    "Explain why the sky is blue and the sunset is red, to a child who asks about everything.",
+    "A farmer has 17 sheep. All but nine run away, and then he buys twice as many as he has left. "
+    "How many sheep does he have? Think step by step.",
+    "Write a function that returns the longest word of a sentence, and three tests for it.",
+    "Write a short letter to a friend who has moved to another city.",
+)  # fmt: skip
+
+PolicyList = Annotated[
+    str,
+    typer.Option("--policies", metavar="LIST", rich_help_panel=WHAT, help="Policies, in turns."),
+]
+Budgets = Annotated[
+    str,
+    typer.Option("--experts", metavar="LIST", rich_help_panel=WHAT,
+                 help="Shares of all experts that have a slot."),
+]  # fmt: skip
+Links = Annotated[
+    str,
+    typer.Option(
+        "--link", metavar="LIST", rich_help_panel=WHAT,
+        help="Bytes per second from disk, such as none,200MB,1GB; none: the disk as it is. Slower "
+        "ones are made by waiting.",
+    ),
+]  # fmt: skip
+Rounds = Annotated[
+    int, typer.Option(metavar="N", min=1, max=1000, rich_help_panel=WHAT, help="Runs of all.")
+]
+PromptTokens = Annotated[
+    int,
+    typer.Option("--prompt", metavar="N", min=2, max=32768, rich_help_panel=WHAT,
+                 help="Tokens to read of each prompt, which is cut or repeated."),
+]  # fmt: skip
+NewTokens = Annotated[
+    int,
+    typer.Option("--tokens", metavar="N", min=1, max=4096, rich_help_panel=WHAT,
+                 help="Tokens to write after each."),
+]  # fmt: skip
+WarmUps = Annotated[
+    int,
+    typer.Option(metavar="N", min=0, max=1000, rich_help_panel=WHAT,
+                 help="First prompts that do not count."),
+]  # fmt: skip
+Limit = Annotated[
+    int | None,
+    typer.Option("--limit", metavar="N", min=1, help="Only the first N prompts of the file."),
+]
+Out = Annotated[
+    Path,
+    typer.Option(
+        metavar="DIR", help="Receives rows.jsonl (a line for each run), table.md and plot.png."
+    ),
+]
+
+
+@bench_app.command("policies")
+@guarded
+def policies(
+    model: options.Model = "smolmoe",
+    names: PolicyList = "demand,path,fate,tuned",
+    budgets: Budgets = "25%,50%,75%",
+    links: Links = "none",
+    prompts: PromptFile = None,
+    limit: Limit = None,
+    prompt_tokens: PromptTokens = 128,
+    new_tokens: NewTokens = 64,
+    warm_ups: WarmUps = 1,
+    rounds: Rounds = 3,
+    threads: options.Threads = None,
+    compute: options.Compute = None,
+    cache_dir: options.CacheDir = None,
+    out: Out = Path("fate-policies"),
+    json_out: JsonOut = False,
+) -> None:
+    """Measure policies against each other on the same prompts, in turns.
+
+    Beside them a bound, for links with a rate: everything resident, or the fewest bytes that any
+    cache and any prediction need, over the link. Leave the machine alone meanwhile.
+
+    Examples:
+
+        fate bench policies --link none,200MB
+
+        fate bench policies --prompts gsm8k.jsonl --limit 6 --prompt 256 --tokens 256
+
+        fate bench policies ./my-store --policies demand,tuned --experts 10%,30%,50%,70%,90%
+    """
+    form = _form(names, budgets, links, rounds, prompt_tokens, new_tokens, warm_ups)
+    form = _with(form, threads=threads, compute=compute)
+    texts = read_prompts(prompts, limit) if prompts else list(_OWN_PROMPTS)
+    with TerminalProgress() as progress, open_out(out) as lines:
+        from fate_moe.bench.policies import run_policies
+        from fate_moe.engine.prepare import find_store
+
+        store = find_store(model, cache_dir=cache_dir or default_cache_dir(), progress=progress)
+        rows = run_policies(store, texts, form, lines, _tell, progress)
+    _show(rows, out, f"{store.name}: {form.prompt_tokens} tokens read, {new_tokens} written",
+          json_out)  # fmt: skip
+
+
+def _form(
+    names: str,
+    budgets: str,
+    links: str,
+    rounds: int,
+    prompt_tokens: int,
+    new_tokens: int,
+    warm_ups: int,
+) -> Form:
+    from fate_moe.bench.policies import Form
+    from fate_moe.config import PRESETS
+
+    chosen = _parts(names, "policies")
+    for name in chosen:
+        if name not in PRESETS or name == "resident":
+            known = ", ".join(sorted(set(PRESETS) - {"resident"}))
+            raise ConfigError(f"policies: {name!r:.40} is none of {known}")
+    return Form(
+        policies=tuple(chosen),
+        budgets=tuple(_share(part) for part in _parts(budgets, "experts")),
+        links=tuple(_link(part) for part in _parts(links, "link")),
+        rounds=rounds,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        warm_ups=warm_ups,
+    )
+
+
+def _with(form: Form, **settings: object) -> Form:
+    from dataclasses import replace
+
+    chosen = tuple((name, value) for name, value in settings.items() if value is not None)
+    return replace(form, settings=chosen)
+
+
+def _parts(text: str, what: str) -> list[str]:
+    parts = [part.strip() for part in text.split(",")]
+    if "" in parts or len(set(parts)) != len(parts):
+        raise ConfigError(f"{what}: {text!r:.80}: need different ones, with commas between")
+    return parts
+
+
+def _share(text: str) -> float:
+    share = parse_size(text, "experts").share
+    if not share or share >= 1:
+        raise ConfigError(f"experts: {text!r:.40}: need a share below 100%, such as 25%")
+    return share
+
+
+def _link(text: str) -> float | None:
+    if text == "none":
+        return None
+    size = parse_size(text.removesuffix("/s"), "link").count_bytes
+    if size is None or size < 2**20:
+        raise ConfigError(f"link: {text!r:.40}: need none, or bytes per second such as 200MB")
+    return float(size)
+
+
+def _tell(row: Row) -> None:
+    from fate_moe.bench.policies_present import link_text
+
+    when = "computed" if row.round == 0 else f"round {row.round}"
+    sys.stderr.write(
+        f"{when}, link {link_text(row.link_bytes_s)}, {100 * row.budget:g} % of the experts: "
+        f"{row.policy} {row.decode_tok_s:.2f} tok/s\n"
+    )
+
+
+def _show(rows: list[Row], out: Path, title: str, json_out: bool) -> None:
+    from fate_moe.bench import policies_present as present
+
+    table = present.markdown(rows)
+    try:
+        (out / "table.md").write_text(f"# {title}\n\n{table}", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{out}: cannot be written: {error.strerror or error}") from error
+    present.plot(rows, out / "plot.png", title)
+    if json_out:
+        emit_json({"out": str(out), "rows": [asdict(row) for row in rows]})
+        return
+    say(table)
+    names = ("rows.jsonl", "table.md", "plot.png")
+    show_report([("written", " ".join(str(out / name) for name in names))])
