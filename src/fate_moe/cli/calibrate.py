@@ -26,6 +26,13 @@ TextFile = Annotated[
         help="UTF-8 text like what you will ask and read, some hundred kilobytes; also .xz.",
     ),
 ]  # fmt: skip
+JudgeFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--judge", metavar="FILE",
+        help="Another text to judge with. Default: every fifth piece of the first is kept for it.",
+    ),
+]  # fmt: skip
 Tokens = Annotated[
     int,
     typer.Option(metavar="N", min=2048, max=1 << 24, help="Most tokens of it, from its start."),
@@ -37,6 +44,7 @@ Tokens = Annotated[
 def calibrate(
     model: options.Model = "smolmoe",
     text: TextFile = None,
+    judge: JudgeFile = None,
     tokens: Tokens = 16384,
     ram: options.Ram = None,
     experts: options.Experts = None,
@@ -50,7 +58,7 @@ def calibrate(
     """Learn from a text to guess a model's experts better; once per model.
 
     Writes small linear maps into the model's store, for `--predictor ridge`. Only guesses
-    change, never an answer. The table shows recall on parts of the text that were not learned from.
+    change, never an answer. The table shows recall on text that was not learned from.
 
     Examples:
 
@@ -61,6 +69,7 @@ def calibrate(
     if text is None:
         raise ConfigError("text: none given; try fate calibrate --text FILE")
     words = _read(text, _CHARACTERS_PER_TOKEN * tokens)
+    judging = None if judge is None else _read(judge, _CHARACTERS_PER_TOKEN * tokens)
     engine, tokenizer = open_engine(
         model, revision, cache_dir,
         policy="demand", ram=ram, experts=experts, compute=compute, dtype=dtype, threads=threads,
@@ -70,7 +79,8 @@ def calibrate(
             from fate_moe.engine import calibrate as fitting
 
             ids = _tokenize(tokenizer, words)[:tokens]
-            rows = fitting.calibrate(engine, ids, progress)
+            judge_ids = None if judging is None else _tokenize(tokenizer, judging)[:tokens]
+            rows = fitting.calibrate(engine, ids, progress, judge_ids)
         store = engine.blueprint.store
     finally:
         engine.close()

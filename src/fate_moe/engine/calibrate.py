@@ -1,9 +1,9 @@
 """Which linear maps tell a router's scores ahead of it, fitted on a text?
 
 Ridge regression in closed form, layer by layer, from sums over the tokens of most of the text; the
-rest judges. A map is kept only where it finds more of what the router takes than the paper's
-question to the next router does. The model runs as it always does; layers share the memory for
-sums in turns, each a run over the text.
+rest judges, or another text. A map is kept only where it finds more of what the router takes than
+the paper's question to the next router does. The model runs as it always does; layers share the
+memory for sums in turns, each a run over the text.
 """
 
 from __future__ import annotations
@@ -48,20 +48,24 @@ class LayerFit:
     late: float | None
 
 
-def calibrate(engine: Engine, ids: Tensor, progress: Progress = no_progress) -> list[LayerFit]:
+def calibrate(
+    engine: Engine,
+    ids: Tensor,
+    progress: Progress = no_progress,
+    judge_ids: Tensor | None = None,
+) -> list[LayerFit]:
     """Fit maps on a text, and write those that help into the engine's store.
 
     Args:
         engine: of the model; it goes on as it was, the next one that is built uses the maps.
         ids: tokens of the text, [N].
+        judge_ids: tokens of another text that judges; None: every fifth piece of the first does.
     Returns:
         One row per layer.
     Raises:
         ConfigError: the text is too short; ModelError: no router can be asked;
         StoreError: the store cannot be written.
     """
-    most = min(PREFILL_CHUNK_TOKENS, engine.context_tokens)
-    pieces = [piece for piece in torch.split(ids, most) if len(piece) > 1]
     if len(ids) < FEWEST_TOKENS:
         raise ConfigError(f"text: {len(ids)} tokens, calibrating takes {FEWEST_TOKENS} or more")
     layers = [layer for layer, router in enumerate(engine.routers) if router is not None]
@@ -70,14 +74,26 @@ def calibrate(engine: Engine, ids: Tensor, progress: Progress = no_progress) -> 
     fits = _Fits(engine)
     per_turn = max(1, _SUMS_BYTES // fits.layer_bytes)
     turns = [layers[i : i + per_turn] for i in range(0, len(layers), per_turn)]
-    runs = _Runs(engine, pieces, len(turns), progress)
+    fit, judge = _pieces(ids, judge_ids, min(PREFILL_CHUNK_TOKENS, engine.context_tokens))
+    runs = _Runs(engine, len(turns) * len(fit + judge), progress)
     for turn in turns:
-        runs.over(fits.learner(turn), lambda number: number % HELD_OUT != HELD_OUT - 1)
+        runs.over(fit, fits.learner(turn))
         fits.solve(turn)
-        runs.over(fits.judge(turn), lambda number: number % HELD_OUT == HELD_OUT - 1)
+        runs.over(judge, fits.judge(turn))
     rows = [fits.row(layer) for layer in layers]
     write_fitted(engine.blueprint.store, engine.blueprint.manifest, fits.kept(rows))
     return rows
+
+
+def _pieces(ids: Tensor, judge_ids: Tensor | None, most: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Cut texts into what the model reads at once: to fit on, and to judge with."""
+    fit = [piece for piece in torch.split(ids, most) if len(piece) > 1]
+    if judge_ids is not None:
+        return fit, [piece for piece in torch.split(judge_ids, most) if len(piece) > 1]
+    return (
+        [piece for number, piece in enumerate(fit) if number % HELD_OUT != HELD_OUT - 1],
+        fit[HELD_OUT - 1 :: HELD_OUT],
+    )
 
 
 Look = Callable[[int, Tensor, Tensor | None, Tensor], None]
@@ -87,17 +103,14 @@ Look = Callable[[int, Tensor, Tensor | None, Tensor], None]
 class _Runs:
     """Runs the model over pieces of text and shows what enters layers and routers."""
 
-    def __init__(
-        self, engine: Engine, pieces: Sequence[Tensor], turns: int, progress: Progress
-    ) -> None:
+    def __init__(self, engine: Engine, total: int, progress: Progress) -> None:
         self._engine = engine
-        self._pieces = pieces
-        self._total = turns * len(pieces)
+        self._total = total
         self._done = 0
         self._progress = progress
 
-    def over(self, look: Look, takes: Callable[[int], bool]) -> None:
-        """Run over the pieces that `takes` names by their number."""
+    def over(self, pieces: Sequence[Tensor], look: Look) -> None:
+        """Run over some pieces."""
         watcher = _Watcher(look)
         hooks = [
             site.register_forward_pre_hook(watcher.hook(layer), with_kwargs=True)
@@ -107,12 +120,11 @@ class _Runs:
         for layer in self._engine.layers:
             layer.observer = watcher
         try:
-            for number, piece in enumerate(self._pieces):
-                if takes(number):
-                    self._progress("calibrating", self._done, self._total)
-                    self._done += 1
-                    with torch.no_grad():
-                        self._engine.model(input_ids=piece[None], use_cache=False)
+            for piece in pieces:
+                self._progress("calibrating", self._done, self._total)
+                self._done += 1
+                with torch.no_grad():
+                    self._engine.model(input_ids=piece[None], use_cache=False)
         finally:
             for layer in self._engine.layers:
                 layer.observer = None

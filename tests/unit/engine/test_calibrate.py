@@ -108,6 +108,17 @@ def test_turns_give_the_same(
     assert told[-1] == (tiny.LAYERS * 10, tiny.LAYERS * 10)
 
 
+def test_another_text_judges(store: Path, open_engine: Open) -> None:
+    told: list[int] = []
+    rows = calibrate(
+        open_engine(store, experts="60%"), text(2560),
+        lambda what, done, total: told.append(total), text(512, seed=9),
+    )  # fmt: skip
+    assert told[-1] == 10 + 2
+    other = calibrate(open_engine(store, experts="60%"), text(2560), judge_ids=text(512, seed=8))
+    assert [row.late for row in rows] != [row.late for row in other]
+
+
 def test_too_little_text_is_one_line(store: Path, open_engine: Open) -> None:
     with pytest.raises(ConfigError, match="text: 100 tokens, calibrating takes 2048 or more"):
         calibrate(open_engine(store, experts="60%"), text(100))

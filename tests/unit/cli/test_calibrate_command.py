@@ -31,7 +31,7 @@ def test_a_calibrated_store_guesses_from_its_maps(
     tiny_store: Path, tmp_path: Path, text: Path
 ) -> None:
     store = shutil.copytree(tiny_store, tmp_path / "store")
-    result = fate("calibrate", store, "--text", text, "--tokens", "4096", "--json")
+    result = fate("calibrate", store, "--text", text, "--judge", text, "--tokens", "4096", "--json")
     assert result.exit_code == 0, result.output
     data = json.loads(result.stdout)
     assert [row["layer"] for row in data["layers"]] == list(range(tiny.LAYERS))
