@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from fate_moe.bench.throttle import ThrottledReader
-from fate_moe.cache.allocation import Regions
+from fate_moe.cache import make_cache
+from fate_moe.cache.allocation import Regions, make_regions
 from fate_moe.cache.belady import Belady
-from fate_moe.config import make_config
+from fate_moe.config import PRESETS, make_config
 from fate_moe.engine.build import build
 from fate_moe.engine.demands import PREFILL_CHUNK_TOKENS
 from fate_moe.engine.handle import Engine
@@ -30,6 +31,7 @@ from fate_moe.engine.record import Recorder
 from fate_moe.errors import ConfigError
 from fate_moe.models.kv_cache import new_cache
 from fate_moe.models.load import load_tokenizer
+from fate_moe.predict import Known, make_predictor
 from fate_moe.sim.guesses import make_guesser
 from fate_moe.sim.replay import replay
 from fate_moe.sim.sweep import future_of
@@ -42,12 +44,50 @@ BOUND = "bound"
 _EARLIER_ROUND = 0
 
 
+ABLATION = (
+    "demand", "tuned", "tuned+predictor=cross_layer", "tuned+cache=arc", "tuned+allocation=even",
+    "tuned+window=99", "fate",
+)  # fmt: skip
+"""The default policy, and without each of its parts; a window means that guessing never stops."""
+_CHANGES = {
+    "predictor": str, "cache": str, "allocation": str, "shallow_layers": int, "percentile": float,
+    "window": int,
+}  # fmt: skip
+
+
+def parse_policy(text: str) -> tuple[str, dict[str, object]]:
+    """Read `tuned`, or `tuned+cache=arc+window=9`: a policy, and settings changed in it.
+
+    Raises:
+        ConfigError: the policy or a setting is unknown, or a value is none.
+    """
+    name, *changes = text.split("+")
+    if name not in PRESETS or name == "resident":
+        known = ", ".join(sorted(set(PRESETS) - {"resident"}))
+        raise ConfigError(f"policies: {name!r:.40} is none of {known}")
+    settings: dict[str, object] = {}
+    for change in changes:
+        key, _, value = change.partition("=")
+        try:
+            settings[key] = _CHANGES[key](value)
+        except (KeyError, ValueError):
+            raise ConfigError(
+                f"policies: {change!r:.40} changes none of {', '.join(_CHANGES)}; write "
+                "tuned+cache=arc"
+            ) from None
+    config = make_config(name, **settings)
+    make_predictor(config.predict, Known())
+    make_cache(config.cache.cache, 1)
+    make_regions(config.cache.allocation, [], 0, 0)
+    return name, settings
+
+
 @dataclass(frozen=True, slots=True)
 class Form:
     """What is measured.
 
     Attributes:
-        policies: names, as for `make_config`.
+        policies: as for `parse_policy`.
         budgets: shares of all experts that have slots, in (0, 1).
         links: bytes per second; None: the disk as it is.
         rounds: runs of each cell with each policy.
@@ -147,10 +187,12 @@ def _requests(store: Path, prompts: Sequence[str], form: Form) -> list[Tensor]:
 
 
 def _open(store: Path, form: Form, policy: str, budget: float | None, link: float | None) -> Engine:
-    settings = {"context_tokens": form.prompt_tokens + form.new_tokens + 8, **dict(form.settings)}
+    name, changes = (policy, {}) if policy == "resident" else parse_policy(policy)
+    context = form.prompt_tokens + form.new_tokens + 8
+    settings = {"context_tokens": context, **dict(form.settings), **changes}
     if budget is not None:
         settings["experts"] = f"{100 * budget:g}%"
-    config = make_config(policy, **settings)
+    config = make_config(name, **settings)
     if link is None:
         return build(store, config)
     reader = FileReader(store, read_manifest(store))

@@ -36,8 +36,13 @@ _OWN_PROMPTS = (
 
 PolicyList = Annotated[
     str,
-    typer.Option("--policies", metavar="LIST", rich_help_panel=WHAT, help="Policies, in turns."),
-]
+    typer.Option(
+        "--policies", metavar="LIST", rich_help_panel=WHAT,
+        help="Policies, in turns; tuned+cache=arc is one with a setting changed (predictor, cache, "
+        "allocation, shallow_layers, percentile, window), and ablation stands for the default one "
+        "without each of its parts.",
+    ),
+]  # fmt: skip
 Budgets = Annotated[
     str,
     typer.Option("--experts", metavar="LIST", rich_help_panel=WHAT,
@@ -111,6 +116,8 @@ def policies(
 
         fate bench policies --prompts gsm8k.jsonl --limit 6 --prompt 256 --tokens 256
 
+        fate bench policies --policies ablation --link 200MB --experts 50%
+
         fate bench policies ./my-store --policies demand,tuned --experts 10%,30%,50%,70%,90%
     """
     form = _form(names, budgets, links, rounds, prompt_tokens, new_tokens, warm_ups)
@@ -135,14 +142,11 @@ def _form(
     new_tokens: int,
     warm_ups: int,
 ) -> Form:
-    from fate_moe.bench.policies import Form
-    from fate_moe.config import PRESETS
+    from fate_moe.bench.policies import ABLATION, Form, parse_policy
 
-    chosen = _parts(names, "policies")
+    chosen = list(ABLATION) if names == "ablation" else _parts(names, "policies")
     for name in chosen:
-        if name not in PRESETS or name == "resident":
-            known = ", ".join(sorted(set(PRESETS) - {"resident"}))
-            raise ConfigError(f"policies: {name!r:.40} is none of {known}")
+        parse_policy(name)
     return Form(
         policies=tuple(chosen),
         budgets=tuple(_share(part) for part in _parts(budgets, "experts")),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from fate_moe.bench.policies import BOUND, Form, Row, run_policies
+from fate_moe.bench.policies import ABLATION, BOUND, Form, Row, parse_policy, run_policies
 from fate_moe.bench.policies_present import link_text, markdown, plot
 from fate_moe.bench.throttle import ThrottledReader
 from fate_moe.cli import app
@@ -126,6 +126,13 @@ def test_too_few_prompts_are_one_line(tiny_store: Path) -> None:
         run_policies(tiny_store, ["abc"], FORM, io.StringIO(), lambda row: None, no_progress)
 
 
+def test_a_policy_with_settings_changed() -> None:
+    assert parse_policy("tuned") == ("tuned", {})
+    assert parse_policy("fate+cache=lru+window=9") == ("fate", {"cache": "lru", "window": 9})
+    for name in ABLATION:
+        assert parse_policy(name)[0] in ("demand", "tuned", "fate")
+
+
 def fate(*arguments: object) -> Result:
     return CliRunner().invoke(app, ["bench", "policies", *map(str, arguments)])
 
@@ -133,15 +140,17 @@ def fate(*arguments: object) -> Result:
 def test_the_command(tiny_store: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = fate(
-        tiny_store, "--policies", "demand,tuned", "--experts", "50%", "--link", "none,50MB/s",
+        tiny_store, "--policies", "demand,tuned+cache=lru", "--experts", "50%",
+        "--link", "none,50MB/s",
         "--prompt", "8", "--tokens", "4", "--rounds", "1", "--out", out, "--json",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     data = json.loads(result.stdout)
     assert [(row["policy"], row["link_bytes_s"]) for row in data["rows"]] == [
-        (BOUND, 50e6), ("demand", None), ("tuned", None), ("demand", 50e6), ("tuned", 50e6),
+        (BOUND, 50e6), ("demand", None), ("tuned+cache=lru", None), ("demand", 50e6),
+        ("tuned+cache=lru", 50e6),
     ]  # fmt: skip
-    assert "round 1, link 0.05 GB/s, 50 % of the experts: tuned " in result.stderr
+    assert "round 1, link 0.05 GB/s, 50 % of the experts: tuned+cache=lru " in result.stderr
     assert (out / "table.md").read_text().startswith("# store: 8 tokens read, 4 written")
     assert (out / "plot.png").stat().st_size > 1000
 
@@ -151,6 +160,9 @@ def test_the_command(tiny_store: Path, tmp_path: Path) -> None:
     [
         (["--policies", "best"], "policies: 'best' is none of demand, fate, path, tuned"),
         (["--policies", "resident"], "policies: 'resident' is none of demand"),
+        (["--policies", "tuned+cache=lfuu"], "cache: 'lfuu' is none of arc"),
+        (["--policies", "tuned+size=3"], "'size=3' changes none of predictor, cache"),
+        (["--policies", "tuned+window=x"], "'window=x' changes none of"),
         (["--experts", "100%"], "experts: '100%': need a share below 100%"),
         (["--experts", "2GiB"], "experts: '2GiB': need a share"),
         (["--link", "fast"], "link: cannot read 'fast'"),
