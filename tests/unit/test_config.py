@@ -56,7 +56,7 @@ def test_presets_and_choices() -> None:
 @pytest.mark.parametrize(
     ("choices", "message"),
     [
-        ({"policy": "fast"}, "'fast' is none of demand, fate, resident"),
+        ({"policy": "fast"}, "'fast' is none of demand, fate, path, resident"),
         ({"policy": "resident", "experts": "50%"}, "leave --experts out"),
         ({"cash": "lru"}, "unknown setting: cash"),
         ({"dtype": "int8"}, "'int8' is none of"),

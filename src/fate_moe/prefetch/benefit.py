@@ -12,7 +12,7 @@ from __future__ import annotations
 from statistics import median
 
 TRIAL_STEPS = 4  # the first of them still lives on what was read before: it does not count
-LONG_STEPS = 48
+LONG_STEPS = 96
 CLOSE = 1.005  # a level that takes this much longer than the quickest, but guesses less, is taken
 _NAMES = ("without", "with early guesses", "with early and late guesses")
 

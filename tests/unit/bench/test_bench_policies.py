@@ -22,7 +22,7 @@ from tests.unit.cli.test_commands import refused
 
 FORM = Form(
     policies=("demand", "path", "fate", "tuned"), budgets=(0.5,), links=(None, 2e6), rounds=1,
-    prompt_tokens=12, new_tokens=30, warm_ups=1,
+    prompt_tokens=12, new_tokens=30, warm_ups=1, settings=(("window", 9),),
 )  # fmt: skip
 
 

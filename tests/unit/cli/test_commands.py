@@ -290,7 +290,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("option", "value", "message"),
         [
-            ("--policy", "quick", "'quick' is none of demand, fate, resident"),
+            ("--policy", "quick", "'quick' is none of demand, fate, path, resident"),
             ("--cache", "mru", "'mru' is none of arc, guarded"),
             ("--predictor", "luck", "'luck' is none of cross_layer, history, none"),
             ("--allocation", "deep", "'deep' is none of even, global, shallow"),
