@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,7 +17,9 @@ from fate_moe.errors import ConfigError
 
 if TYPE_CHECKING:
     from fate_moe.sim.sweep import Cell, Row
+    from fate_moe.sim.timeline import Link
 
+TIME = "Time"
 WHAT = "What to replay (lists, such as lru,arc: every combination)"
 
 Traces = Annotated[
@@ -68,6 +70,31 @@ Leases = Annotated[
         "with leases where a predictor guesses, else without.",
     ),
 ]  # fmt: skip
+LinkRate = Annotated[
+    str | None,
+    typer.Option(
+        "--link", metavar="SIZE", rich_help_panel=TIME,
+        help="Bytes per second that experts are read with, such as 1.2GB. With it decoding is "
+        "timed: late guesses are counted apart, and its speed is predicted. Needs --token-ms.",
+    ),
+]  # fmt: skip
+TokenMs = Annotated[
+    float | None,
+    typer.Option(
+        metavar="MS", min=1e-3, max=1e6, rich_help_panel=TIME,
+        help="Computing a token with everything resident: 1000 / decode_tok_s of fate generate "
+        "--policy resident.",
+    ),
+]  # fmt: skip
+LatencyMs = Annotated[
+    float,
+    typer.Option(metavar="MS", min=0, max=1e5, rich_help_panel=TIME, help="Of each read."),
+]
+GuessMs = Annotated[
+    float,
+    typer.Option(metavar="MS", min=0, max=1e5, rich_help_panel=TIME,
+                 help="Guessing for all layers of a token."),
+]  # fmt: skip
 ShallowLayers = Annotated[
     int,
     typer.Option(
@@ -108,6 +135,10 @@ def simulate(
     leases: Leases = None,
     shallow_layers: ShallowLayers = 4,
     expert_bytes: ExpertBytes = "1MiB",
+    link: LinkRate = None,
+    token_ms: TokenMs = None,
+    latency_ms: LatencyMs = 0.0,
+    guess_ms: GuessMs = 0.0,
     jobs: Jobs = None,
     out: Out = None,
     json_out: JsonOut = False,
@@ -124,6 +155,8 @@ def simulate(
         fate simulate *.jsonl --cache lru,arc,transition,belady --capacity 12.5%,25%,50% --out sim
 
         fate simulate run.trace --predictor none,oracle --allocation even,shallow,global
+
+        fate simulate run.trace --predictor none,recorded --link 1.2GB --token-ms 48
     """
     with TerminalProgress() as progress:
         from fate_moe.sim.sweep import run_cells
@@ -131,6 +164,8 @@ def simulate(
         cells = _cells(
             traces, cache, allocation, predictor, capacity, leases, shallow_layers, expert_bytes
         )
+        timed = _link(link, token_ms, latency_ms, guess_ms)
+        cells = [replace(cell, link=timed) for cell in cells]
         if out is not None:
             _make(out)
         rows = list(run_cells(cells, jobs, progress))
@@ -161,6 +196,21 @@ def _cells(
         shares,
     )
     return [Cell(*one, leases, shallow_layers, size) for one in chosen]
+
+
+def _link(
+    rate: str | None, token_ms: float | None, latency_ms: float, guess_ms: float
+) -> Link | None:
+    from fate_moe.sim.timeline import Link
+
+    if rate is None and token_ms is None:
+        return None
+    if rate is None or token_ms is None:
+        raise ConfigError("link: --link and --token-ms go together: one alone tells no speed")
+    size = parse_size(rate.strip().removesuffix("/s"), "link").count_bytes
+    if not size:
+        raise ConfigError(f"link: {rate!r:.40}: need bytes per second, such as 1.2GB")
+    return Link(size, token_ms / 1e3, latency_ms / 1e3, guess_ms / 1e3)
 
 
 def _list(text: str, what: str) -> list[str]:

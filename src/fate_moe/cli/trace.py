@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _FIELDS = ("prompt", "question", "query", "context")
 _MOST_PROMPTS = 100_000
+_ALWAYS = 1 << 16  # a window: guesses are made, and so recorded, whether they pay or not
 
 Prompts = Annotated[
     list[str] | None,
@@ -87,7 +88,7 @@ def trace(
     engine, tokenizer = open_engine(
         model, revision, cache_dir,
         policy=policy, ram=ram, experts=experts, context_tokens=context, predictor=predictor,
-        percentile=percentile, compute=compute, dtype=dtype, threads=threads,
+        percentile=percentile, window=_ALWAYS, compute=compute, dtype=dtype, threads=threads,
     )  # fmt: skip
     try:
         found = _record(engine, tokenizer, texts, max_new_tokens)

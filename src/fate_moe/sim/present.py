@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 from fate_moe.errors import ConfigError
 from fate_moe.sim.sweep import BELADY, Row
@@ -25,7 +26,12 @@ def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         "model", "capacity", "cache", "allocation", "predictor", "requests", "hit rate", "misses",
         "gap closed", "recall",
     ]  # fmt: skip
-    return head, [_cells(row, _gap_closed(row, rows)) for row in rows]
+    cells = [_cells(row, _gap_closed(row, rows)) for row in rows]
+    if any(row.decode_tok_s is not None for row in rows):
+        head += ["late", "decode tok/s", "stall"]
+        for row, line in zip(rows, cells, strict=True):
+            line += [str(row.late), f"{row.decode_tok_s or 0:.2f}", _percent(row.stall_share)]
+    return head, cells
 
 
 def _cells(row: Row, closed: float | None) -> list[str]:
@@ -39,8 +45,12 @@ def _cells(row: Row, closed: float | None) -> list[str]:
         f"{100 * row.hit_rate:.2f} %",
         str(row.misses),
         "-" if closed is None else f"{closed:+.2f}",
-        "-" if row.recall is None else f"{100 * row.recall:.1f} %",
+        _percent(row.recall),
     ]
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f} %"
 
 
 def _gap_closed(row: Row, rows: Sequence[Row]) -> float | None:
@@ -80,33 +90,44 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Draw hit rate against capacity, one panel a model; the file's suffix gives the format.
+    """Draw hit rate, and with a link speed, against capacity, one column a model.
 
+    Args:
+        path: of the picture; its suffix gives the format.
     Raises:
         ConfigError: the file cannot be written.
     """
     from matplotlib.figure import Figure
 
     models = list(dict.fromkeys(row.model for row in rows))
-    names = sorted({name_of(row) for row in rows}, key=lambda name: not name.startswith(BELADY))
-    figure = Figure(figsize=(4.6 * len(models) + 0.6, 4.4), layout="constrained")
-    panels = figure.subplots(1, len(models), squeeze=False, sharey=True)[0]
-    for axis, model in zip(panels, models, strict=True):
-        for name in names:
-            own = [row for row in rows if row.model == model and name_of(row) == name]
-            own.sort(key=lambda row: row.capacity)
-            at = [100 * row.capacity for row in own], [100 * row.hit_rate for row in own]
-            is_bound = name.startswith(BELADY)
-            style = {"color": _BOUND, "linestyle": "--"} if is_bound else {}
-            axis.plot(*at, marker="o", markersize=3.5, linewidth=1.4, label=name, **style)
-        axis.set_title(model.replace("$", r"\$"), fontsize=9)  # no mathematics in names
-        axis.set_xlabel("experts with a slot, %", fontsize=9)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(labelsize=8)
-    panels[0].set_ylabel("hit rate, %", fontsize=9)
-    panels[-1].legend(fontsize=8, frameon=False, loc="lower right")
+    kinds: list[tuple[str, Callable[[Row], float]]] = [
+        ("hit rate, %", lambda row: 100 * row.hit_rate)
+    ]
+    if any(row.decode_tok_s is not None for row in rows):
+        kinds.append(("decode, predicted tokens per second", lambda row: row.decode_tok_s or 0.0))
+    size = (4.6 * len(models) + 0.6, 4.0 * len(kinds) + 0.4)
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(len(kinds), len(models), squeeze=False, sharey="row")
+    for line, (what, value) in zip(panels, kinds, strict=True):
+        for axis, model in zip(line, models, strict=True):
+            _draw(axis, [row for row in rows if row.model == model], value)
+            axis.set_title(model.replace("$", r"\$"), fontsize=9)  # no mathematics in names
+        line[0].set_ylabel(what, fontsize=9)
+    panels[0][-1].legend(fontsize=8, frameon=False, loc="lower right")
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be written: {error}") from error
+
+
+def _draw(axis: Any, rows: Sequence[Row], value: Callable[[Row], float]) -> None:
+    names = sorted({name_of(row) for row in rows}, key=lambda name: not name.startswith(BELADY))
+    for name in names:
+        own = sorted((r for r in rows if name_of(r) == name), key=lambda row: row.capacity)
+        at = [100 * row.capacity for row in own], [value(row) for row in own]
+        style = {"color": _BOUND, "linestyle": "--"} if name.startswith(BELADY) else {}
+        axis.plot(*at, marker="o", markersize=3.5, linewidth=1.4, label=name, **style)
+    axis.set_xlabel("experts with a slot, %", fontsize=9)
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(labelsize=8)

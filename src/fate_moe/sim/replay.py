@@ -4,7 +4,8 @@ Either requests come one by one, as in the literature on caches: nothing is lock
 evicts at once; so counts can be set beside those of any other simulator. Or with leases, as in the
 engine: what a step asks for is locked until the step is done, what is not worth a place in its
 region gets none, and layers that fit as a whole are there from the start. Guesses are there before
-the layer they are for; those that nobody asked for are gone after it.
+the layer they are for; those that nobody asked for are gone after it. With a link and its time, see
+`timeline`.
 """
 
 from __future__ import annotations
@@ -96,13 +97,7 @@ def replay(
         Counts; nothing is ever late.
     """
     found = Replay(len(trace.experts))
-    caches = [_Region(capacity, make_policy(capacity)) for capacity in regions.capacities]
-    keys = [[ExpertKey(layer, e) for e in range(n)] for layer, n in enumerate(trace.experts)]
-    layers = [(keys[layer], caches[region]) for layer, region in enumerate(regions.of_layer)]
-    if leases:
-        for layer, (own, cache) in enumerate(layers):
-            if regions.holds_whole(layer, trace.experts):
-                cache.preload(own)
+    caches, layers = regions_of(trace, regions, make_policy, preloads=leases)
     for number, step in enumerate(trace.steps):
         if number % _TOLD_EVERY == 0:
             progress("replaying", number, len(trace.steps))
@@ -116,7 +111,7 @@ def replay(
                 per_layer[layer].add_guess(guess, choice.experts)
             cache.policy.begin(choice)
             if leases:
-                hits = _lease(cache, choice, own, read, spare_slots)
+                hits = lease(cache, choice, own, read, spare_slots)
             else:
                 hits = _ask(cache, choice, own)
             found.count(choice, hits, read, record_bytes[layer])
@@ -125,7 +120,7 @@ def replay(
     return found
 
 
-class _Region:
+class Region:
     """Slots that share one fate."""
 
     def __init__(self, capacity: int, policy: EvictionPolicy) -> None:
@@ -169,11 +164,30 @@ class _Region:
         self.resident.add(key)
 
 
+def regions_of(
+    trace: Trace, regions: Regions, make_policy: MakePolicy, *, preloads: bool = True
+) -> tuple[list[Region], list[tuple[list[ExpertKey], Region]]]:
+    """Make empty regions.
+
+    Args:
+        preloads: layers that fit as a whole are there from the start.
+    Returns:
+        The regions, and for each layer its experts' keys and its region, [L].
+    """
+    caches = [Region(capacity, make_policy(capacity)) for capacity in regions.capacities]
+    keys = [[ExpertKey(layer, e) for e in range(n)] for layer, n in enumerate(trace.experts)]
+    layers = [(keys[layer], caches[region]) for layer, region in enumerate(regions.of_layer)]
+    for layer, (own, cache) in enumerate(layers):
+        if preloads and regions.holds_whole(layer, trace.experts):
+            cache.preload(own)
+    return caches, layers
+
+
 def _anyone(key: ExpertKey) -> bool:
     return True
 
 
-def _ask(cache: _Region, choice: Choice, keys: Sequence[ExpertKey]) -> int:
+def _ask(cache: Region, choice: Choice, keys: Sequence[ExpertKey]) -> int:
     """Ask for all that a layer needs in a step, one by one; return the hits."""
     resident, policy = cache.resident, cache.policy
     hits = 0
@@ -188,8 +202,8 @@ def _ask(cache: _Region, choice: Choice, keys: Sequence[ExpertKey]) -> int:
     return hits
 
 
-def _lease(
-    cache: _Region, choice: Choice, keys: Sequence[ExpertKey], read: set[int], spare: int
+def lease(
+    cache: Region, choice: Choice, keys: Sequence[ExpertKey], read: set[int], spare: int
 ) -> int:
     """Ask for all that a layer needs in a step at once; return how many were resident.
 

@@ -14,12 +14,13 @@ from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 
-from fate_moe.cache.allocation import make_regions
+from fate_moe.cache.allocation import Regions, make_regions
 from fate_moe.cache.belady import Belady
 from fate_moe.cache.policy import CACHES, EvictionPolicy, make_cache
 from fate_moe.errors import ConfigError
 from fate_moe.sim.guesses import make_guesser
-from fate_moe.sim.replay import MakePolicy, replay
+from fate_moe.sim.replay import MakePolicy, Replay, replay
+from fate_moe.sim.timeline import Link, Timed, time_decode
 from fate_moe.sim.trace import Trace, read_trace
 from fate_moe.types import ExpertKey, Progress, no_progress
 
@@ -37,6 +38,8 @@ class Cell:
         leases: as in `replay`; None = where a predictor guesses.
         shallow_layers: of the allocation `shallow`.
         expert_bytes: size of a record where the trace does not say.
+        link: how fast records come in and tokens are computed; None: reads take no time. With one,
+            only decode steps are counted, always with leases.
     """
 
     trace: Path
@@ -47,6 +50,7 @@ class Cell:
     leases: bool | None = None
     shallow_layers: int = 4
     expert_bytes: int = 2**20
+    link: Link | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +60,8 @@ class Row:
     Attributes:
         slots: that regions have, all layers together.
         capacity_tokens: the same in working sets of one token.
+        link_bytes_s, decode_tok_s, stall_share: with a link, its rate, the speed of decoding, and
+            the share of the time that it waits for bytes; else None.
         requests_s: requests replayed in a second.
     """
 
@@ -80,6 +86,9 @@ class Row:
     bytes_demand: int
     bytes_speculated: int
     bytes_wasted: int
+    link_bytes_s: float | None
+    decode_tok_s: float | None
+    stall_share: float | None
     requests_s: float
 
 
@@ -139,9 +148,42 @@ def run_cell(cell: Cell, progress: Progress = no_progress) -> Row:
     guesser = make_guesser(cell.predictor, trace)
     maker = make_policy_maker(cell.cache, trace)
     began_s = time.perf_counter()
-    leases = cell.predictor != "none" if cell.leases is None else cell.leases
-    found = replay(trace, regions, maker, guesser, record_bytes, leases=leases, progress=progress)
-    seconds = time.perf_counter() - began_s
+    if cell.link is not None:
+        spare = _spare_slots(trace, cell.predictor)
+        timed = time_decode(
+            trace, regions, maker, guesser, record_bytes, cell.link,
+            spare_slots=spare, progress=progress,
+        )  # fmt: skip
+        return _row(cell, trace, regions, timed.found, timed, began_s)
+    found = replay(
+        trace, regions, maker, guesser, record_bytes, leases=_has_leases(cell), progress=progress
+    )
+    return _row(cell, trace, regions, found, None, began_s)
+
+
+def _has_leases(cell: Cell) -> bool:
+    if cell.leases is None:
+        return cell.predictor != "none" or cell.link is not None
+    return cell.leases
+
+
+def _spare_slots(trace: Trace, predictor: str) -> int:
+    """Return how many spare slots the engine would have, as in `Blueprint.share_out`."""
+    if predictor == "none":
+        return 2
+    guesses = (guess for step in trace.steps for guess in step.guesses or ())
+    widest = max((len(g.ranked) for g in guesses if g is not None), default=0)
+    return max(trace.top_k, min(widest, max(trace.experts)))
+
+
+def _row(
+    cell: Cell,
+    trace: Trace,
+    regions: Regions,
+    found: Replay,
+    timed: Timed | None,
+    began_s: float,
+) -> Row:
     counts = found.total()
     would_miss = counts.misses + counts.saved
     return Row(
@@ -150,7 +192,7 @@ def run_cell(cell: Cell, progress: Progress = no_progress) -> Row:
         allocation=cell.allocation,
         predictor=cell.predictor,
         capacity=cell.capacity,
-        leases=leases,
+        leases=_has_leases(cell),
         slots=regions.slots,
         capacity_tokens=regions.slots / (trace.top_k * len(trace.experts)),
         requests=counts.requests,
@@ -160,13 +202,16 @@ def run_cell(cell: Cell, progress: Progress = no_progress) -> Row:
         hit_rate=counts.hit_rate or 0.0,
         recall=counts.recall,
         recall_top_k=counts.recall_top_k,
-        coverage=counts.saved / would_miss if found.guesses else None,
+        coverage=counts.saved / would_miss if found.guesses and would_miss else None,
         accuracy=found.guesses_used / found.guesses if found.guesses else None,
         evictions=found.evictions,
         bytes_demand=found.bytes_demand,
         bytes_speculated=found.bytes_speculated,
         bytes_wasted=found.bytes_wasted,
-        requests_s=counts.requests / seconds,
+        link_bytes_s=cell.link.bytes_s if cell.link else None,
+        decode_tok_s=timed.tok_s if timed else None,
+        stall_share=timed.stall_s / timed.seconds if timed and timed.seconds else None,
+        requests_s=counts.requests / (time.perf_counter() - began_s),
     )
 
 

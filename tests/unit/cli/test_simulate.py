@@ -11,6 +11,7 @@ from typer.testing import CliRunner, Result
 from fate_moe.cli import app
 from fate_moe.cli import simulate as _simulate  # noqa: F401 - registers the command
 from fate_moe.cli import trace as _trace  # noqa: F401 - registers the command
+from fate_moe.sim.trace import read_trace
 from tests.unit.cli.test_commands import refused
 
 ABOUT = {"model": "made up", "num_layers": 1, "num_experts": 4, "top_k": 1}
@@ -58,6 +59,20 @@ def test_a_sweep(trace: Path, tmp_path: Path) -> None:
     assert str(out / "plot.png") in result.stderr
 
 
+def test_with_a_link_speed_is_predicted(trace: Path, tmp_path: Path) -> None:
+    asked = ("simulate", trace, "--cache", "lru", "--capacity", "50%", "--expert-bytes", "1MB",
+             "--link", "10MB/s", "--token-ms", "100")  # fmt: skip
+    data = json.loads(fate(*asked, "--json").stdout)
+    # Six reads of 0.1 s, half of each token's computing after its read; one token hits.
+    assert data["decode_tok_s"] == pytest.approx(7 / (6 * 0.15 + 0.1))
+    assert data["stall_share"] == pytest.approx(6 * 0.05 / 1.0)
+    assert (data["link_bytes_s"], data["late"], data["leases"]) == (10**7, 0, True)
+    result = fate(*asked, "--out", tmp_path / "out")
+    head, line = (row.split("\t") for row in result.stdout.strip().splitlines())
+    assert line[head.index("decode tok/s")] == "7.00"
+    assert (tmp_path / "out" / "plot.png").stat().st_size > 1000
+
+
 def test_rows_as_json(trace: Path) -> None:
     result = fate("simulate", trace, "--cache", "lru,arc", "--predictor", "none,oracle", "--json")
     rows = json.loads(result.stdout)["rows"]
@@ -75,6 +90,9 @@ def test_rows_as_json(trace: Path) -> None:
         (["--capacity", "3GiB"], "capacity: '3GiB': need a share of all experts, such as 25%"),
         (["--capacity", "0%"], "capacity: '0%': need a share"),
         (["--predictor", "recorded"], "predictor: the trace holds no guesses"),
+        (["--link", "1GB"], "--link and --token-ms go together"),
+        (["--token-ms", "5"], "--link and --token-ms go together"),
+        (["--link", "10%", "--token-ms", "5"], "link: '10%': need bytes per second"),
         (["--expert-bytes", "50%"], "expert-bytes: '50%': need a size"),
     ],
 )
@@ -101,6 +119,8 @@ def test_from_a_model_to_a_simulation(tiny_store: Path, tmp_path: Path) -> None:
     assert (data["prompts"], data["layers"], data["predictor"]) == (3, 6, "cross_layer")
     assert data["steps"] == 3 * 6  # one for each prompt and new token but the last
     assert data["recall"] > 0
+    packed = read_trace(out)  # every layer but the first was guessed in every step
+    assert all(None not in list(step.guesses or [None])[1:] for step in packed.steps)
     result = fate("simulate", out, "--predictor", "cross_layer", "--json")
     assert json.loads(result.stdout)["recall"] == data["recall"]
 
