@@ -113,7 +113,11 @@ def plot(rows: Sequence[Row], path: Path) -> None:
             _draw(axis, [row for row in rows if row.model == model], value)
             axis.set_title(model.replace("$", r"\$"), fontsize=9)  # no mathematics in names
         line[0].set_ylabel(what, fontsize=9)
-    panels[0][-1].legend(fontsize=8, frameon=False, loc="lower right")
+    lines, names = panels[0][-1].get_legend_handles_labels()
+    figure.legend(
+        lines, names, loc="outside lower center", ncols=min(3, len(names)), fontsize=8,
+        frameon=False,
+    )  # fmt: skip
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:

@@ -99,7 +99,10 @@ class PlainS3FIFO:
             self.main.append(x)
 
 
-@given(sequence=sequences, capacity=st.sampled_from([1, 2, 3, 5, 8, 10]))
+many_keys = st.lists(st.integers(0, 9) | st.integers(10, 40), max_size=300)
+
+
+@given(sequence=sequences | many_keys, capacity=st.sampled_from([1, 2, 3, 5, 8, 10]))
 def test_s3fifo_equals_its_pseudo_code(sequence: list[int], capacity: int) -> None:
     plain = PlainS3FIFO(capacity)
     expected = [plain.ask(x) for x in sequence]

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fate_moe.engine.calibrate import _Sums, calibrate
+from fate_moe.engine.calibrate import _Fits, _Sums, calibrate
 from fate_moe.engine.handle import Engine
 from fate_moe.errors import ConfigError
+from fate_moe.predict.ridge import FittedRouter
 from fate_moe.store.format import read_manifest
 from tests import tiny
 
@@ -117,6 +118,25 @@ def test_another_text_judges(store: Path, open_engine: Open) -> None:
     assert told[-1] == 10 + 2
     other = calibrate(open_engine(store, experts="60%"), text(2560), judge_ids=text(512, seed=8))
     assert [row.late for row in rows] != [row.late for row in other]
+
+
+def test_only_maps_that_find_more_are_kept(store: Path, open_engine: Open) -> None:
+    fits = _Fits(open_engine(store, experts="60%"))
+    one = FittedRouter(torch.zeros(16, 64), torch.zeros(16), 3, is_normed=False)
+    rows = []
+    for layer, (paper, early, late) in enumerate(
+        [(0.5, 0.4, 0.45), (0.5, 0.6, 0.6), (0.5, 0.6, 0.7), (0.5, 0.4, 0.6)]
+    ):
+        for name, found in (("paper", paper), ("early", early), ("late", late)):
+            fits._marks[name, layer] = [100 * found, 100]
+            fits._maps[name, layer] = one
+        rows.append(fits.row(layer))
+    assert [(row.early, row.late) for row in rows] == [
+        (None, None), (0.6, None), (0.6, 0.7), (None, 0.6)
+    ]  # fmt: skip
+    kept = fits.kept(rows)
+    assert [one is not None for one in kept["early"]] == [False, True, True, False, False, False]
+    assert [one is not None for one in kept["late"]] == [False, False, True, True, False, False]
 
 
 def test_too_little_text_is_one_line(store: Path, open_engine: Open) -> None:

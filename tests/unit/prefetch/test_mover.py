@@ -456,3 +456,19 @@ def test_how_much_is_guessed_follows_what_pays(bench: Callable[..., Bench]) -> N
     fixed.benefit.level = 0
     assert fixed.guess_level == 2
     fixed.close()
+
+
+def test_what_a_second_guess_drops_it_may_read_in_its_place(bench: Callable[..., Bench]) -> None:
+    b = bench([1, 1], 6, window=3)
+    b.use(0, [0])
+    b.reader.gate.clear()
+    b.mover.speculate(guess(1, 4, 5, 6, 7))
+    deadline = time.monotonic() + 5
+    while b.mover._reading < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    b.mover.speculate(guess(1, 8, 9))  # 6 was queued and goes: there is room for one
+    experts = {e.key.expert for e in b.mover.table.entries() if e.key.layer == 1}
+    assert experts == {4, 5, 8}
+    b.reader.gate.set()
+    b.settle()
