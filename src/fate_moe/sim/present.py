@@ -115,7 +115,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         line[0].set_ylabel(what, fontsize=9)
     lines, names = panels[0][-1].get_legend_handles_labels()
     figure.legend(
-        lines, names, loc="outside lower center", ncols=min(3, len(names)), fontsize=8,
+        lines, names, loc="outside lower center", ncols=2 * len(models) - 1, fontsize=8,
         frameon=False,
     )  # fmt: skip
     try:
