@@ -15,9 +15,11 @@ from fate_moe.cli.terminal import TerminalProgress, emit_json, guarded, show_rep
 from fate_moe.errors import ConfigError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from fate_moe.engine.calibrate import LayerFit
 
-_CHARACTERS_PER_TOKEN = 12  # more than any text has
+_PIECE_TOKENS = 512  # taken of one place of a long text
 
 TextFile = Annotated[
     Path | None,
@@ -35,7 +37,7 @@ JudgeFile = Annotated[
 ]  # fmt: skip
 Tokens = Annotated[
     int,
-    typer.Option(metavar="N", min=2048, max=1 << 24, help="Most tokens of it, from its start."),
+    typer.Option(metavar="N", min=2048, max=1 << 24, help="Most tokens of it, from all over it."),
 ]
 
 
@@ -68,8 +70,8 @@ def calibrate(
     """
     if text is None:
         raise ConfigError("text: none given; try fate calibrate --text FILE")
-    words = _read(text, _CHARACTERS_PER_TOKEN * tokens)
-    judging = None if judge is None else _read(judge, _CHARACTERS_PER_TOKEN * tokens)
+    words = _read(text)
+    judging = None if judge is None else _read(judge)
     engine, tokenizer = open_engine(
         model, revision, cache_dir,
         policy="demand", ram=ram, experts=experts, compute=compute, dtype=dtype, threads=threads,
@@ -78,8 +80,10 @@ def calibrate(
         with TerminalProgress() as progress:
             from fate_moe.engine import calibrate as fitting
 
-            ids = _tokenize(tokenizer, words)[:tokens]
-            judge_ids = None if judging is None else _tokenize(tokenizer, judging)[:tokens]
+            progress("reading the text", 0, 1)
+            ids = spread(_tokenize(tokenizer, words), tokens)
+            judge_ids = None if judging is None else spread(_tokenize(tokenizer, judging), tokens)
+            progress("reading the text", 1, 1)
             rows = fitting.calibrate(engine, ids, progress, judge_ids)
         store = engine.blueprint.store
     finally:
@@ -91,10 +95,21 @@ def calibrate(
     show_report([*_means(rows), ("written", str(store))])
 
 
-def _read(path: Path, most: int) -> str:
+def _read(path: Path) -> str:
     from fate_moe.bench.sets import read_text
 
-    return read_text(path)[:most]
+    return read_text(path)
+
+
+def spread(ids: Tensor, tokens: int) -> Tensor:
+    """Return at most `tokens` tokens of a text: all, or whole pieces evenly spread over it."""
+    import torch
+
+    if len(ids) <= tokens:
+        return ids
+    pieces, count = len(ids) // _PIECE_TOKENS, tokens // _PIECE_TOKENS
+    places = [place * pieces // count * _PIECE_TOKENS for place in range(count)]
+    return torch.cat([ids[place : place + _PIECE_TOKENS] for place in places])
 
 
 def _tokenize(tokenizer: Any, words: str) -> Any:

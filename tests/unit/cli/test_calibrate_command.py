@@ -6,11 +6,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 from fate_moe.cli import app
-from fate_moe.cli import calibrate as _calibrate  # noqa: F401 - registers the command
 from fate_moe.cli import stores as _stores  # noqa: F401 - registers the command
+from fate_moe.cli.calibrate import spread
 from tests import tiny
 from tests.unit.cli.test_commands import refused
 
@@ -59,6 +60,15 @@ def test_a_table_for_people(tiny_store: Path, tmp_path: Path, text: Path) -> Non
     assert len(lines) == 1 + tiny.LAYERS
     assert "recall, paper: " in result.stderr
     assert f"written: {store}" in result.stderr
+
+
+@pytest.mark.parametrize("length", [100, 2048, 2049, 5000, 100_000])
+def test_a_long_text_is_taken_from_all_over(length: int) -> None:
+    ids = spread(torch.arange(length), 2048)
+    assert len(ids) == min(length, 2048)
+    assert len(ids.unique()) == len(ids)
+    assert bool((ids.diff() > 0).all())
+    assert int(ids[-1]) >= length * 3 // 4 - 512
 
 
 def test_bad_input_is_one_line(tiny_store: Path, tmp_path: Path) -> None:
