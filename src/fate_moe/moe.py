@@ -52,14 +52,14 @@ class MoELayer:
 
     def before_router(self, gate_input: Tensor) -> None:
         """Guess the next layer's experts from this layer's gate input, [T, D]."""
-        wanted = self._mover.guess_level > 0
+        wanted = self._mover.guess_level(len(gate_input)) > 0
         self._guess = self._predictor.next(self.layer, gate_input) if wanted else None
         if self.observer is not None:
             self.observer.asked(self.layer, gate_input, self._guess)
 
     def before_layer(self, hidden: Tensor) -> None:
         """Guess this layer's experts again from what enters it, [T, D]."""
-        if self._mover.guess_level > 1:
+        if self._mover.guess_level(len(hidden)) > 1:
             guess = self._predictor.sharpen(self.layer, hidden)
             self._mover.speculate(guess)
             if self.observer is not None and guess is not None:

@@ -41,7 +41,7 @@ from fate_moe.store.reader import FileReader
 from fate_moe.types import Phase, Progress
 
 BOUND = "bound"
-_EARLIER_ROUND = 0
+_COMPUTED = 0
 
 
 ABLATION = (
@@ -275,9 +275,7 @@ def _bounds(store: Path, requests: Sequence[Tensor], form: Form) -> Iterator[Row
         for link in form.links:
             if link is not None:
                 rate = 1 / max(token_s, moved / link)
-                yield Row(
-                    _EARLIER_ROUND, BOUND, budget, link, None, rate, None, None, None, moved, None
-                )
+                yield Row(_COMPUTED, BOUND, budget, link, None, rate, None, None, None, moved, None)
 
 
 def _fewest_bytes(trace: Trace, steps: Sequence[Step], budget: float) -> int:

@@ -7,6 +7,21 @@ from typing import Annotated
 
 import typer
 
+from fate_moe.errors import ConfigError
+
+
+def parts_of(text: str, what: str) -> list[str]:
+    """Read a list such as `lru,arc`.
+
+    Raises:
+        ConfigError: a part is empty or stands twice.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if "" in parts or len(set(parts)) != len(parts):
+        raise ConfigError(f"{what}: {text!r:.80}: need different ones, with commas between")
+    return parts
+
+
 MEMORY, STAGES, ANSWER = "Memory", "Stages", "Answer"
 
 Model = Annotated[

@@ -144,13 +144,13 @@ def _form(
 ) -> Form:
     from fate_moe.bench.policies import ABLATION, Form, parse_policy
 
-    chosen = list(ABLATION) if names == "ablation" else _parts(names, "policies")
+    chosen = list(ABLATION) if names == "ablation" else options.parts_of(names, "policies")
     for name in chosen:
         parse_policy(name)
     return Form(
         policies=tuple(chosen),
-        budgets=tuple(_share(part) for part in _parts(budgets, "experts")),
-        links=tuple(_link(part) for part in _parts(links, "link")),
+        budgets=tuple(_share(part) for part in options.parts_of(budgets, "experts")),
+        links=tuple(_link(part) for part in options.parts_of(links, "link")),
         rounds=rounds,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
@@ -163,13 +163,6 @@ def _with(form: Form, **settings: object) -> Form:
 
     chosen = tuple((name, value) for name, value in settings.items() if value is not None)
     return replace(form, settings=chosen)
-
-
-def _parts(text: str, what: str) -> list[str]:
-    parts = [part.strip() for part in text.split(",")]
-    if "" in parts or len(set(parts)) != len(parts):
-        raise ConfigError(f"{what}: {text!r:.80}: need different ones, with commas between")
-    return parts
 
 
 def _share(text: str) -> float:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fate_moe.cli import options
 from fate_moe.cli.app import app
 from fate_moe.cli.terminal import TerminalProgress, emit_json, guarded, show_report, show_table
 from fate_moe.config import parse_size
@@ -187,12 +188,12 @@ def _cells(
     size = parse_size(expert_bytes, "expert-bytes").count_bytes
     if not size:
         raise ConfigError(f"expert-bytes: {expert_bytes!r:.40}: need a size such as 4.5MiB")
-    shares = [_share(text) for text in _list(capacity, "capacity")]
+    shares = [_share(text) for text in options.parts_of(capacity, "capacity")]
     chosen = product(
         traces,
-        _list(cache, "cache"),
-        _list(allocation, "allocation"),
-        _list(predictor, "predictor"),
+        options.parts_of(cache, "cache"),
+        options.parts_of(allocation, "allocation"),
+        options.parts_of(predictor, "predictor"),
         shares,
     )
     return [Cell(*one, leases, shallow_layers, size) for one in chosen]
@@ -211,13 +212,6 @@ def _link(
     if not size:
         raise ConfigError(f"link: {rate!r:.40}: need bytes per second, such as 1.2GB")
     return Link(size, token_ms / 1e3, latency_ms / 1e3, guess_ms / 1e3)
-
-
-def _list(text: str, what: str) -> list[str]:
-    parts = [part.strip() for part in text.split(",")]
-    if "" in parts or len(set(parts)) != len(parts):
-        raise ConfigError(f"{what}: {text!r:.80}: need different names, such as lru,arc")
-    return parts
 
 
 def _share(text: str) -> float:

@@ -20,7 +20,7 @@ from fate_moe.engine.demands import PREFILL_CHUNK_TOKENS
 from fate_moe.engine.handle import Engine
 from fate_moe.errors import ConfigError, ModelError
 from fate_moe.predict import Router
-from fate_moe.predict.ridge import NORM_EPS, WIDER, FittedRouter
+from fate_moe.predict.ridge import NORM_EPS, FittedRouter, guess_width
 from fate_moe.store.fitted import STAGES, Map, Maps, write_fitted
 from fate_moe.types import Choice, Prediction, Progress, no_progress
 
@@ -171,6 +171,7 @@ class _Fits:
     def __init__(self, engine: Engine) -> None:
         self._routers: Sequence[Router | None] = engine.routers
         self._hidden = engine.blueprint.skeleton.hidden
+        self._percentile = engine.blueprint.config.predict.percentile
         self._layers = len(engine.layers)
         self._sums: dict[tuple[str, int], _Sums] = {}
         self._maps: dict[tuple[str, int], FittedRouter] = {}
@@ -218,7 +219,7 @@ class _Fits:
                 asked += [("paper", router, before)]  # type: ignore[list-item]
             for name, one, x in asked:
                 if one is not None:
-                    found = one(x)[0].topk(_width(ids.shape[1], router.num_experts)).indices
+                    found = one(x)[0].topk(self._width(ids.shape[1], router)).indices
                     hits = (found[:, :, None] == ids[:, None, :]).any(dim=1)
                     mark = self._marks.setdefault((name, layer), [0.0, 0.0])
                     mark[0] += float(hits.sum())
@@ -239,8 +240,11 @@ class _Fits:
         router = self._routers[layer]
         fitted = self._maps.get(("late", layer)) or self._maps.get(("early", layer))
         assert router is not None  # only such layers were fitted
-        width = _width(fitted.top_k if fitted else 1, router.num_experts)
+        width = self._width(fitted.top_k if fitted else 1, router)
         return LayerFit(layer, width, paper, early, late)
+
+    def _width(self, top_k: int, router: Router) -> int:
+        return guess_width(top_k, router.num_experts, self._percentile)
 
     def kept(self, rows: Sequence[LayerFit]) -> Maps:
         """Return the maps that help, as arrays."""
@@ -290,7 +294,3 @@ class _Sums:
 
 def _normed(x: Tensor) -> Tensor:
     return F.rms_norm(x.float(), x.shape[-1:], eps=NORM_EPS)
-
-
-def _width(top_k: int, num_experts: int) -> int:
-    return min(num_experts, int(-(-WIDER * top_k // 1)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -76,6 +77,11 @@ PREDICTORS: dict[str, str] = {
     "path": "fate_moe.predict.path:Path",
     "ridge": "fate_moe.predict.ridge:Ridge",
 }
+
+
+def percentile_width(percentile: float, num_experts: int) -> int:
+    """Return how many of E scores lie at or above the linearly interpolated percentile."""
+    return num_experts - math.ceil(percentile / 100 * (num_experts - 1))
 
 
 def make_predictor(config: PredictConfig, known: Known) -> Predictor:

@@ -10,13 +10,13 @@ cannot be asked ahead of its turn is guessed from its own history.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from fate_moe.config import PredictConfig
+from fate_moe.predict import percentile_width
 from fate_moe.predict.history import History
 from fate_moe.types import Prediction
 
@@ -78,6 +78,4 @@ class CrossLayer:
         return self._above_percentile(num_experts)
 
     def _above_percentile(self, num_experts: int) -> int:
-        # In a full ranking of E scores exactly this many lie at or above the linearly
-        # interpolated percentile, whatever the scores are.
-        return num_experts - math.ceil(self._percentile / 100 * (num_experts - 1))
+        return percentile_width(self._percentile, num_experts)

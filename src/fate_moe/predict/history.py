@@ -8,13 +8,13 @@ turned into a guess.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fate_moe.config import PredictConfig
+from fate_moe.predict import percentile_width
 from fate_moe.types import Prediction
 
 if TYPE_CHECKING:
@@ -65,6 +65,5 @@ class History:
         self._last[layer] = len(chosen)
         self._fewest[layer] = min(self._fewest[layer], len(chosen))
 
-    def _share(self, num_experts: int) -> int:
-        # As wide as cross_layer guesses: what a full ranking has at or above the percentile.
-        return num_experts - math.ceil(self._percentile / 100 * (num_experts - 1))
+    def _share(self, num_experts: int) -> int:  # as wide as cross_layer guesses
+        return percentile_width(self._percentile, num_experts)

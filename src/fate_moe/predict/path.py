@@ -11,13 +11,13 @@ clusters, and one layer ahead is guessed, as by every predictor here.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fate_moe.config import PredictConfig
+from fate_moe.predict import percentile_width
 from fate_moe.types import Prediction
 
 if TYPE_CHECKING:
@@ -86,6 +86,5 @@ class Path:
         self._decoded = tokens == 1
         self._likeness = np.zeros(len(self._earlier))
 
-    def _share(self, num_experts: int) -> int:
-        # As wide as cross_layer guesses: what a full ranking has at or above the percentile.
-        return num_experts - math.ceil(self._percentile / 100 * (num_experts - 1))
+    def _share(self, num_experts: int) -> int:  # as wide as cross_layer guesses
+        return percentile_width(self._percentile, num_experts)

@@ -4,7 +4,7 @@ Two maps per layer, fitted in closed form on a text (`fate calibrate`): an early
 input of the layer before, which replaces the paper's question to the next router, and a late one
 from what enters the layer before its attention: later, but surer. The late guess takes the early
 one's place: reads that it does not confirm and that have not begun are dropped. A layer without
-maps is guessed as the paper does.
+maps is asked as the paper does, and guessed as wide as with them.
 Ours; the maps are ridge regressions on the router's scores. Measured in `docs/experiments.md`.
 """
 
@@ -18,6 +18,7 @@ import torch
 from torch.nn import functional as F
 
 from fate_moe.config import PredictConfig
+from fate_moe.predict import percentile_width
 from fate_moe.predict.cross_layer import CrossLayer
 from fate_moe.types import Prediction
 
@@ -63,6 +64,12 @@ class FittedRouter:
         return scores, scores.topk(self.top_k, dim=-1).indices
 
 
+def guess_width(top_k: int, num_experts: int, percentile: float) -> int:
+    """Return how many experts are guessed for one token."""
+    wider = min(num_experts, math.ceil(WIDER * top_k))
+    return max(percentile_width(percentile, num_experts), wider)
+
+
 class Ridge(CrossLayer):
     """Ask the fitted maps; where there are none, the next layer's own router."""
 
@@ -92,5 +99,4 @@ class Ridge(CrossLayer):
         return Prediction(layer, tuple(ranked), router.top_k)
 
     def _width(self, core: int, num_experts: int) -> int:
-        wider = min(num_experts, math.ceil(WIDER * core))
-        return max(self._above_percentile(num_experts), wider)
+        return guess_width(core, num_experts, self._percentile)

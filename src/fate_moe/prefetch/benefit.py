@@ -26,6 +26,7 @@ class Benefit:
         Args:
             levels: how many there are; 1: nothing is ever guessed.
         """
+        self.levels = levels
         self._seconds: list[float | None] = [None] * levels
         self._block: list[float] = []
         # The cache fills while the first blocks run: the highest level is tried again at the end.

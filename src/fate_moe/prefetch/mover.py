@@ -58,7 +58,7 @@ class Mover:
                 a window there is no choice.
         """
         self.benefit = Benefit(guess_levels)
-        self._fixed_level = None if window is None else guess_levels - 1
+        self._timed = window is None
         self.table = table
         self.telemetry = Telemetry(len(record_bytes))
         self.link = LinkMeter()
@@ -89,10 +89,9 @@ class Mover:
         for thread in self._threads:
             thread.start()
 
-    @property
-    def guess_level(self) -> int:
-        """How much should be guessed now, see `Benefit`."""
-        return self.benefit.level if self._fixed_level is None else self._fixed_level
+    def guess_level(self, tokens: int) -> int:
+        """Say how much should be guessed in a step, see `Benefit`; all there is for a prompt."""
+        return self.benefit.level if tokens == 1 and self._timed else self.benefit.levels - 1
 
     def speculate(self, prediction: Prediction | None) -> None:
         """Start reading guessed experts, as many as the window allows, most likely first.

@@ -86,7 +86,7 @@ def test_rows_as_json(trace: Path) -> None:
     ("arguments", "why"),
     [
         (["--cache", "lfuu"], "cache: 'lfuu' is none of arc, belady"),
-        (["--cache", "lru,lru"], "cache: 'lru,lru': need different names"),
+        (["--cache", "lru,lru"], "cache: 'lru,lru': need different ones"),
         (["--capacity", "3GiB"], "capacity: '3GiB': need a share of all experts, such as 25%"),
         (["--capacity", "0%"], "capacity: '0%': need a share"),
         (["--predictor", "recorded"], "predictor: the trace holds no guesses"),

@@ -443,7 +443,8 @@ def test_how_much_is_guessed_follows_what_pays(bench: Callable[..., Bench]) -> N
     try:
         levels = set()
         for _ in range(40):
-            levels.add(free.guess_level)
+            levels.add(free.guess_level(1))
+            assert free.guess_level(7) == 2  # a prompt
             for layer in (0, 1):
                 with free.lease(Choice(layer, [0])) as arriving:
                     list(arriving)
@@ -454,7 +455,7 @@ def test_how_much_is_guessed_follows_what_pays(bench: Callable[..., Bench]) -> N
         b.mover.table, b.reader, b.view, [RECORD] * 2, io_threads=1, window=5, guess_levels=3
     )
     fixed.benefit.level = 0
-    assert fixed.guess_level == 2
+    assert fixed.guess_level(1) == 2
     fixed.close()
 
 
