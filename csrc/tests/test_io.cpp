@@ -11,6 +11,7 @@
 #include <thread>
 #include <vector>
 
+#include "courier.h"
 #include "io.h"
 
 namespace {
@@ -103,11 +104,59 @@ void test_failed_neighbour(Reads& reads, const std::string& way, int fd) {
   expect(batch[2].done == 4096 && filled(batch[2], 0), "its other neighbour", way);
 }
 
+// Every read that is not withdrawn is reported once, with its bytes; one that is, never.
+void test_courier(const std::string& way, const int* fds, unsigned seed) {
+  std::mt19937 random(seed);
+  fate::Courier courier(Reads::make(way, 16), 16 << 10);
+  expect(!courier.wait(0.01) && courier.landed().empty(), "nothing was asked for", way);
+  for (int round = 0; round < 30; ++round) {
+    const std::size_t count = 1 + random() % 40;
+    std::vector<std::vector<std::uint8_t>> memory(count);
+    std::vector<std::pair<std::uint64_t, Read>> wanted;
+    for (std::size_t id = 0; id < count; ++id) {
+      memory[id].resize(1 + random() % 9000);
+      const std::uint64_t offset = random() % (kFileBytes - 9000);
+      wanted.push_back({id, {fds[id % 2], offset, memory[id].data(), memory[id].size()}});
+    }
+    wanted[0].second.fd = -1;
+    courier.start(wanted);
+    std::vector<int> left(count, 1);
+    std::size_t open = count;
+    for (std::size_t id = 0; id < count; id += 3)
+      if (courier.withdraw(id)) {
+        left[id] = 0;
+        --open;
+      }
+    expect(!courier.withdraw(count), "a read that nobody asked for", way);
+    while (open > 0 && courier.wait(10))
+      for (const fate::Courier::Landed& one : courier.landed()) {
+        --left[one.id];
+        --open;
+        const Read& asked = wanted[one.id].second;
+        const Read got{asked.fd, asked.offset, asked.address, asked.length, one.done, one.error};
+        expect(one.ago_s >= 0, "it landed in the future", way);
+        if (one.id == 0)
+          expect(got.done == 0 && got.error == EBADF, "a file that is not there", way);
+        else
+          expect(got.done == got.length && filled(got, one.id % 2), "bytes of the courier", way);
+      }
+    for (const int one : left) expect(one == 0, "reported once, or withdrawn", way);
+  }
+  std::vector<std::uint8_t> memory(kFileBytes);
+  courier.start({{7, {fds[0], 0, memory.data(), memory.size()}}, {8, {fds[0], 0, memory.data(), 9}}});
+  courier.drain();
+  const std::vector<std::uint8_t> before = memory;
+  expect(courier.landed().size() < 2 && !courier.wait(0.01), "what was to be forgotten", way);
+  expect(memory == before, "memory is written to after the drain", way);
+  courier.start({{7, {fds[0], 0, memory.data(), memory.size()}}});  // its end waits for this one
+}
+
 }  // namespace
 
 int main() {
   const int fds[] = {make_file(0), make_file(1)};
-  for (const std::string& way : Reads::ways())
+  for (const std::string& way : Reads::ways()) {
+    test_courier(way, fds, 3);
     for (const int depth : {1, 4, 64}) {
       const auto reads = Reads::make(way, depth);
       if (!reads) std::abort();
@@ -120,6 +169,7 @@ int main() {
       for (std::thread& thread : threads) thread.join();
       std::printf("%s, depth %d\n", way.c_str(), depth);
     }
+  }
   if (Reads::make("no such way", 4) || Reads::make("threads", 0)) ++failures;
   std::printf("%d failures\n", failures);
   return failures != 0;

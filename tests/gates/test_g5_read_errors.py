@@ -40,12 +40,27 @@ def test_raises_read_error_and_goes_on(
             outcome: list[tuple[int, int]] = reads.read(wanted)
             return outcome
 
+    class BrokenCourier:
+        def __init__(self, real: Any) -> None:
+            self.real = real
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.real, name)
+
+        def landed(self) -> list[tuple[int, int, int, float]]:
+            found: list[tuple[int, int, int, float]] = self.real.landed()
+            batches.extend(1 for _ in found)
+            return [(one[0], 0, errno.EIO, one[3]) for one in found] if heard else found
+
     monkeypatch.setattr(os, "preadv", broken)
     reader = engine.reader
     assert isinstance(reader, FileReader)
     reads, batches = reader._reads, list[int]()
     if reads is not None:
+        background = reader._background
+        assert background is not None
         monkeypatch.setattr(reader, "_reads", Broken())
+        monkeypatch.setattr(background, "_courier", BrokenCourier(background._courier))
     with pytest.raises(ReadError, match=r"cannot read layer \d+, expert \d+: .*offset \d+") as e:
         conversation.ask("hello", Sampling(max_new_tokens=60), heard.append)
     assert e.value.errno == errno.EIO

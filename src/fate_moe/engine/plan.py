@@ -5,6 +5,7 @@ Everything comes from headers, the config and the user's limits; `build` only ca
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,10 +67,9 @@ class Blueprint:
         slots, cache = self.memory.slots, self.config.cache
         spare = 0
         if slots < sum(self.experts):
-            # Room for one layer's guesses; without a predictor, for two reads side by side. A
-            # cache smaller than that gives up at most a third of itself.
-            wanted = max(guess_width, self.skeleton.top_k) if guess_width else 2
-            spare = max(1, min(wanted, slots // 3))
+            # Room for one layer's guesses, or for its demands read side by side. A cache smaller
+            # than that gives up at most a third of itself.
+            spare = max(1, min(max(guess_width, self.skeleton.top_k), slots // 3))
         regions = make_regions(cache.allocation, self.experts, slots - spare, cache.shallow_layers)
         return regions, slots - regions.slots
 
@@ -95,6 +95,7 @@ def draw(store: Path, config: Config) -> Blueprint:
     context = context_tokens(config.limits, skeleton)
     scored, cache = config.limits.scored_tokens, config.cache.cache
     need = demands_of(store, manifest, skeleton, dtype, context, scored, cache)
+    gc.collect()  # an engine before this one may be unreachable and still hold its slots
     available = available_bytes(rss_bytes(), system_available_bytes())
     memory = make_plan(config.limits, need, available)
     return Blueprint(store, config, manifest, skeleton, dtype, context, memory)

@@ -66,8 +66,8 @@ class Lease:
     ) -> None:
         try:
             left = self._held or self._homeless or self._current
-            if left and not self._mover.is_torn:
-                with self._mover.section():
+            if left and not self._mover.section.torn:
+                with self._mover.section:
                     self._homeless.clear()
                     self._release_current()
                     for entry in self._held.values():
@@ -83,7 +83,7 @@ class Lease:
             ReadError: a record of this lease could not be read.
         """
         while True:
-            with self._mover.section():
+            with self._mover.section:
                 self._release_current()
                 if not self._held and not self._homeless:
                     return
@@ -126,6 +126,7 @@ class Lease:
         while self._homeless:
             entry = self._mover.place(self._homeless[0])
             if entry is None:
-                return
+                break
             entry.locks += 1
             self._held[self._homeless.pop(0)] = entry
+        self._mover.start_reads()

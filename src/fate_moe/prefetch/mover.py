@@ -1,9 +1,10 @@
-"""How do an expert's bytes get into a slot before, or when, they are needed?
+"""How does an expert get into a slot before, or when, it is needed?
 
 The only mechanism of the engine: it asks the pure table for a slot and the pure queue for the next
 reads, lets reader threads fill slots, and locks what is being computed. One lock guards all three.
-It knows records as bytes and slots as numbers, never tensors. Small records are read several at
-once, and demanded ones by whoever waits for them: waking a thread takes as long as their read.
+It knows records as bytes and slots as numbers, never tensors. Waking a thread takes as long as the
+read of a small record: in decode those come in by themselves where the reader can do that, else
+demanded ones are read, several at once, by whoever waits for them.
 
     speculate(prediction)   a guess: may be read when no demand waits, may be dropped
     lease(choice)           a need: the experts as they land, residents first, locked until used
@@ -23,10 +24,12 @@ from collections.abc import Callable, Sequence
 from fate_moe.cache.table import Entry, ExpertTable
 from fate_moe.errors import CacheError
 from fate_moe.prefetch.benefit import Benefit
+from fate_moe.prefetch.filler import Filler
 from fate_moe.prefetch.lease import POLL_S, Lease
 from fate_moe.prefetch.queue import ReadQueue
+from fate_moe.prefetch.section import Section
 from fate_moe.prefetch.turns import Turns
-from fate_moe.store.reader import BatchReader, RecordReader, Request
+from fate_moe.store.reader import RecordReader
 from fate_moe.telemetry import LinkMeter, Telemetry
 from fate_moe.types import Choice, ExpertKey, Phase, Prediction
 
@@ -62,12 +65,8 @@ class Mover:
         self.table = table
         self.telemetry = Telemetry(len(record_bytes))
         self.link = LinkMeter()
-        self._reader = reader
-        self._slot_view = slot_view
         self._record_bytes = tuple(record_bytes)
-        self._batches = reader if isinstance(reader, BatchReader) else None
-        self._batch_bytes = 0 if self._batches is None else self._batches.batch_bytes
-        self._are_small = 2 * max(self._record_bytes, default=0) <= self._batch_bytes
+        self._filler = Filler(reader, slot_view, self._record_bytes)
         self._queue = ReadQueue(self._record_bytes)
         lock = threading.RLock()  # the collector may call `close` on a thread that holds it
         self._changed = threading.Condition(lock)  # something landed, or a lease ended
@@ -79,7 +78,7 @@ class Mover:
         self._guesses_left = 0
         self._turns = Turns(window, self.link, self.telemetry, self.benefit)
         self._owner: int | None = None  # thread that holds the open lease
-        self._torn = False  # a critical section was left half-way
+        self.section = Section(self._changed)
         self._closed = False
         table.on_drop = self._count_waste
         self._threads = [
@@ -104,7 +103,8 @@ class Mover:
         if prediction is None:
             return
         layer = prediction.layer
-        with self.section():
+        with self.section:
+            self._settle_landed()
             if layer in self._predictions:
                 self._take_back_guesses(prediction)
             else:
@@ -129,36 +129,20 @@ class Mover:
         """
         with self._changed:
             self._take_ownership()
-        with self.section():
+        with self.section:
             self._turns.begin(choice.layer, choice.phase)
             self._wishes.clear()
             keys = [ExpertKey(choice.layer, e) for e in choice.experts]
-            for stale in self._queue.cancel(lambda key: key not in keys):
+            for stale in self._cancel(lambda key: key not in keys):
                 self._take_back_guess(stale)
+            if choice.phase is Phase.PREFILL:
+                while self._filler.under_way and self._filler.wait(POLL_S):
+                    self._settle_landed()  # from here on the reader threads say what has landed
+            self._settle_landed()
             self._count(choice, keys)
             self.table.begin(choice)
             together = len(keys) if choice.phase is Phase.DECODE else 1
             return Lease(self, keys, together)
-
-    def section(self) -> _Section:
-        """Hold the lock; an exception that leaves the section half-way marks the table as torn."""
-        return _Section(self)
-
-    def enter_section(self) -> bool:
-        """Take the lock; until the section ends well the table counts as torn."""
-        self._changed.acquire()
-        torn, self._torn = self._torn, True
-        return torn
-
-    def end_section(self, torn: bool) -> None:
-        """Give the lock back."""
-        self._torn = torn
-        self._changed.release()
-
-    @property
-    def is_torn(self) -> bool:
-        """Whether the table can no longer be trusted and the next lease will start it anew."""
-        return self._torn
 
     def end_lease(self) -> None:
         """Let the next lease begin."""
@@ -191,8 +175,9 @@ class Mover:
 
     def reset(self) -> None:
         """Set all counts to zero; residents stay, guesses that nobody asked for so far go."""
-        with self.section():
-            for entry in self._queue.cancel(lambda key: True):
+        with self.section:
+            self._settle_landed()
+            for entry in self._cancel(lambda key: True):
                 self.table.drop(entry)
             for entry in self.table.entries():
                 entry.guessed = False  # what was guessed before does not count as a guess now
@@ -208,6 +193,7 @@ class Mover:
         for thread in self._threads:
             if thread is not threading.current_thread():  # the collector runs on any thread
                 thread.join()
+        self.table.on_drop = lambda entry: None  # the slots go with the last user, no collector
 
     # The rest is called under the lock.
 
@@ -230,26 +216,40 @@ class Mover:
             if self.table.get(key) is None:
                 entry = self.table.place_guess(key)
                 if entry is None:
-                    return
+                    break
                 self._queue.push_guess(entry)
                 self.telemetry.guesses += 1
                 self.telemetry.bytes_speculated += read_bytes
                 self._guesses_left -= 1
                 self._queued.notify()
             self._wishes.popleft()
+        self.start_reads()
+
+    def start_reads(self) -> None:
+        """Begin in the background what is queued, where small records come in that way."""
+        if self._filler.has_background and self._turns.phase is Phase.DECODE:
+            batch = self._queue.take_all()
+            self._begin(batch)
+            self._filler.start(batch)
 
     def wait(self, most_s: float) -> bool:
         """Wait until a read has landed or failed; False after `most_s`."""
-        batch = self._queue.take_demands(self._batch_bytes) if self._reads_here() else []
-        if not batch:
+        filler = self._filler
+        failures: Sequence[Exception | None] = ()
+        batch = self._queue.take_demands(filler.batch_bytes) if self._reads_here() else []
+        if not batch and not filler.under_way:
             return self._changed.wait(most_s)
         self._begin(batch)
         self._changed.release()
         try:
-            failures = self._read(batch)
+            if batch:
+                failures = filler.fill(batch)
+            elif not filler.wait(most_s):
+                return False
         finally:
             self._changed.acquire()
         self._end(batch, failures)
+        self._settle_landed()
         return True
 
     def take_failure(self, key: ExpertKey) -> Exception | None:
@@ -266,7 +266,7 @@ class Mover:
 
     def abandon(self, entry: Entry) -> None:
         """End a lease on an expert that was not computed; an unstarted read is withdrawn."""
-        if self._queue.withdraw(entry.key) is None:
+        if (self._queue.withdraw(entry.key) or self._take_back(entry.key)) is None:
             self.table.unlock(entry)
         elif entry.guessed:
             self.telemetry.guesses_used -= 1
@@ -275,10 +275,24 @@ class Mover:
             self.telemetry.bytes_demand -= self._record_bytes[entry.key.layer]
             self.table.drop(entry)
 
+    def _cancel(self, unwanted: Callable[[ExpertKey], bool]) -> list[Entry]:
+        """Take back the guesses that are `unwanted` and have not begun."""
+        under_way = self._filler.under_way.items()
+        started = [key for key, entry in under_way if not entry.used and unwanted(key)]
+        found = [self._take_back(key) for key in started]
+        return self._queue.cancel(unwanted) + [entry for entry in found if entry is not None]
+
+    def _take_back(self, key: ExpertKey) -> Entry | None:
+        """Take a read in the background back that has not begun, or return None."""
+        entry = self._filler.withdraw(key)
+        if entry is not None:
+            self.link.end(time.perf_counter(), 0)
+        return entry
+
     def _take_back_guesses(self, prediction: Prediction) -> None:
         """Drop what is queued and wished for a layer but not named by a later guess for it."""
         layer, named = prediction.layer, set(prediction.ranked)
-        for stale in self._queue.cancel(lambda key: key.layer == layer and key.expert not in named):
+        for stale in self._cancel(lambda key: key.layer == layer and key.expert not in named):
             self._take_back_guess(stale)
             self._guesses_left += 1
         self._wishes.clear()
@@ -291,18 +305,19 @@ class Mover:
     def _take_ownership(self) -> None:
         me = threading.get_ident()
         if self._owner == me:  # this thread's last lease was interrupted before it could end
-            self._owner, self._torn = None, True
+            self._owner, self.section.torn = None, True
         while self._owner is not None and not self._closed:
             if not self._changed.wait(POLL_S):
                 raise CacheError(f"another thread has been computing for over {POLL_S:.0f} s")
         if self._closed:
             raise CacheError("the engine is closed; load the model again")
         self._owner = me
-        if self._torn:
+        if self.section.torn:
             self._start_anew()
 
     def _start_anew(self) -> None:
         self._queue = ReadQueue(self._record_bytes)
+        self._filler.forget()
         while self._reading and self._changed.wait(POLL_S):
             pass  # slots of the old table are still being filled
         self.link.active = 0  # the torn section may have left reads of its own uncounted
@@ -311,7 +326,7 @@ class Mover:
         self.table.evictions = evictions
         self.table.on_drop = self._count_waste
         self._failed.clear()
-        self._torn = False
+        self.section.torn = False
 
     def _count(self, choice: Choice, keys: Sequence[ExpertKey]) -> None:
         self.table.count(keys, counts := self.telemetry.counts[choice.phase][choice.layer])
@@ -326,12 +341,12 @@ class Mover:
 
     def _reads_here(self) -> bool:
         # In prefill computing one expert takes longer than reading the next.
-        return self._are_small and self._turns.phase is Phase.DECODE
+        return self._filler.are_small and self._turns.phase is Phase.DECODE
 
     def _read_loop(self) -> None:
         while True:
             with self._changed:
-                while not (batch := self._queue.take(self._batch_bytes)):
+                while not (batch := self._queue.take(self._filler.batch_bytes)):
                     if self._closed:
                         return
                     self._queued.wait()
@@ -341,7 +356,7 @@ class Mover:
                     self._queued.notify()
                 self._reading += 1
                 self._begin(batch)
-            failures = self._read(batch)
+            failures = self._filler.fill(batch)
             with self._changed:
                 self._reading -= 1
                 self._end(batch, failures)
@@ -351,27 +366,19 @@ class Mover:
         for _ in batch:
             self.link.begin(now)
 
-    def _read(self, batch: Sequence[Entry]) -> Sequence[Exception | None]:
-        """Fill the slots of a batch; not under the lock. Returns what went wrong with each."""
-        requests = [
-            Request(e.key, self._slot_view(e.slot)[: self._record_bytes[e.key.layer]])
-            for e in batch
-        ]
-        try:
-            if self._batches is not None and len(requests) > 1:
-                return self._batches.read_many(requests)
-            for request in requests:
-                self._reader.read_into(request.key, request.buffer)
-        except Exception as error:  # noqa: BLE001 - crosses to the thread that waits for it
-            return [error] * len(batch)
-        return [None] * len(batch)
-
     def _end(self, batch: Sequence[Entry], failures: Sequence[Exception | None]) -> None:
         now = time.perf_counter()
         for entry, failure in zip(batch, failures, strict=True):
             self.link.end(now, 0 if failure else self._record_bytes[entry.key.layer])
             self._settle(entry, failure)
         self._changed.notify_all()
+
+    def _settle_landed(self) -> None:
+        """Take in what came in by itself since the last time."""
+        for entry, failure, ago_s in self._filler.landed():
+            read_bytes = 0 if failure else self._record_bytes[entry.key.layer]
+            self.link.end(time.perf_counter() - ago_s, read_bytes)
+            self._settle(entry, failure)
 
     def _settle(self, entry: Entry, failure: Exception | None) -> None:
         if self.table.get(entry.key) is not entry:
@@ -382,18 +389,3 @@ class Mover:
         self.table.drop(entry)
         if entry.used or not entry.guessed:
             self._failed[entry.key] = failure
-
-
-class _Section:
-    """What `Mover.section` returns; a generator would cost more than what it guards."""
-
-    __slots__ = ("_mover", "_torn")
-
-    def __init__(self, mover: Mover) -> None:
-        self._mover = mover
-
-    def __enter__(self) -> None:
-        self._torn = self._mover.enter_section()
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        self._mover.end_section(self._torn if kind is None else True)

@@ -58,6 +58,13 @@ class ReadQueue:
         """
         return self.take_demands(most_bytes) or self._take(self._guesses, most_bytes)
 
+    def take_all(self) -> list[Entry]:
+        """Take everything out, demands first."""
+        batch = [*self._demands.values(), *self._guesses.values()]
+        self._demands.clear()
+        self._guesses.clear()
+        return batch
+
     def take_demands(self, most_bytes: int = 0) -> list[Entry]:
         """Take demands out as `take` does, guesses never."""
         return self._take(self._demands, most_bytes)

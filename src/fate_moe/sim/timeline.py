@@ -17,9 +17,6 @@ from fate_moe.sim.replay import MakePolicy, Replay, lease, regions_of
 from fate_moe.sim.trace import Trace
 from fate_moe.types import Choice, Phase, Prediction, Progress, no_progress
 
-# Records up to this size are read in decode by the thread that waits for them, several at once,
-# instead of beside it: half of what the engine's reader asks for together.
-SMALL_BYTES = 512 << 10
 _TOLD_EVERY = 16  # steps
 
 
@@ -143,23 +140,21 @@ class _Run:
         promoted = [e for e in choice.experts if e in kept and e not in begun]
         landings += [self._serve(size) for _ in (*promoted, *missing)]
         self._count(choice, resident, begun, kept, size)
-        self.now_s = self._compute(began_s, landings, size, len(choice.experts))
+        self.now_s = self._compute(began_s, landings, len(choice.experts))
         self._guess_ahead(guess, began_s)
 
     def _serve(self, size: int) -> float:
         self._free_s += self._link.latency_s + size / self._link.bytes_s
         return self._free_s
 
-    def _compute(self, began_s: float, landings: list[float], size: int, experts: int) -> float:
+    def _compute(self, began_s: float, landings: list[float], experts: int) -> float:
         """Return when the layer is done, and book what it waited."""
         compute_s = self._layer_s
         done_s = began_s + compute_s
         last_s = max(landings, default=began_s)
         if last_s > began_s:
-            if size <= SMALL_BYTES:  # read before anything else is computed
-                done_s = last_s + compute_s
-            else:  # the last one to land is computed when it has landed
-                done_s = max(done_s, last_s + compute_s / (experts + 1))
+            # The last one to land is computed when it has landed.
+            done_s = max(done_s, last_s + compute_s / (experts + 1))
         self.stall_s += max(0.0, done_s - began_s - compute_s)
         return done_s
 

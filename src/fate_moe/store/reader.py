@@ -11,28 +11,25 @@ are opened once and checked against the manifest before the first read. Knows no
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import hashlib
-import os
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 from fate_moe import native
 from fate_moe.errors import FormatError, ReadError
+from fate_moe.store.background import Background, Landed, Place
 from fate_moe.store.format import LayerEntry, Manifest, record_name
-from fate_moe.store.header import PAGE, read_header
+from fate_moe.store.header import read_header
+from fate_moe.store.layer_file import LayerFile, address_of
 from fate_moe.types import ExpertKey
 
 Mode = Literal["O_DIRECT", "buffered"]
 
-_O_BINARY: int = getattr(os, "O_BINARY", 0)
-_O_CLOEXEC: int = getattr(os, "O_CLOEXEC", 0)
-_MAX_READ = 1 << 30  # bytes per call; Linux stops at 2 GiB - 4 KiB, a multiple of 4096 stays direct
 _DEPTH = 64  # reads under way in one call of the native core
+TOGETHER_BYTES = 128 << 10
+"""Of background reads at most so many are under way at once: what a demand waits behind."""
 _BATCH_BYTES = 1 << 20  # from here on a disk is as fast with single reads, which land one by one
 
 
@@ -92,8 +89,36 @@ class BatchReader(RecordReader, Protocol):
         ...
 
 
+@runtime_checkable
+class BackgroundReader(BatchReader, Protocol):
+    """A BatchReader whose small reads can go on while its caller does something else.
+
+    One thread at a time may call what is named here; at most one read of a record is under way.
+    """
+
+    def start(self, requests: Sequence[Request]) -> None:
+        """Begin reads, first come first served; returns at once, needs `batch_bytes` > 0."""
+        ...
+
+    def withdraw(self, key: ExpertKey) -> bool:
+        """Take a read back that has not begun; False when it has: it will be reported."""
+        ...
+
+    def landed(self) -> list[Landed]:
+        """Return what came in, or failed, since the last call."""
+        ...
+
+    def wait(self, most_s: float) -> bool:
+        """Wait until `landed` has something to say; False after `most_s` or without a read."""
+        ...
+
+    def forget(self) -> None:
+        """Take back what has not begun and wait for what has; `landed` reports none of it."""
+        ...
+
+
 class FileReader:
-    """A BatchReader over the layer files of a store folder.
+    """A BackgroundReader over the layer files of a store folder.
 
     Args:
         folder: the store.
@@ -116,14 +141,18 @@ class FileReader:
         way: str | None = None,
     ) -> None:
         self._layers = manifest.layers
-        self._reads = _open_reads(way)
+        self._way = _choose_way(way)
+        self._reads = None if self._way is None else native.core().open_reads(self._way, _DEPTH)
+        self._background: Background | None = (
+            None  # has a thread of its own, so not before it is used
+        )
         self._verify_on_read = verify_on_read
         self._verified: set[ExpertKey] = set()
-        self._files: list[_LayerFile] = []
+        self._files: list[LayerFile] = []
         try:
             for entry in manifest.layers:
                 check_layer_file(folder / entry.file, entry)
-                self._files.append(_LayerFile(folder / entry.file, direct))
+                self._files.append(LayerFile(folder / entry.file, direct))
         except OSError as error:
             self.close()
             raise FormatError(f"{entry.file}: cannot be opened: {error.strerror}") from error
@@ -154,7 +183,7 @@ class FileReader:
     def read_many(self, requests: Sequence[Request]) -> list[ReadError | None]:
         """Do all requests; returns what each would have raised from `read_into`, in order."""
         outcomes: list[ReadError | None] = [None] * len(requests)
-        places: dict[int, _Place] = {}
+        places: dict[int, Place] = {}
         for i, request in enumerate(requests):
             try:
                 places[i] = self._place(request.key, request.buffer, request.start, request.length)
@@ -168,12 +197,45 @@ class FileReader:
                 outcomes[i] = error
         return outcomes
 
+    def start(self, requests: Sequence[Request]) -> None:
+        """Begin reads that go on by themselves; see BackgroundReader."""
+        if self._background is None:
+            courier = native.core().open_courier(self._way, _DEPTH, TOGETHER_BYTES)
+            self._background = Background(courier, self._finish)
+        places = []
+        for request in requests:
+            try:
+                places.append(
+                    self._place(request.key, request.buffer, request.start, request.length)
+                )
+            except ReadError as error:
+                self._background.refuse(request.key, error)
+        self._background.start(places)
+
+    def withdraw(self, key: ExpertKey) -> bool:
+        """Take a read back that has not begun; see BackgroundReader."""
+        return self._background is not None and self._background.withdraw(key)
+
+    def landed(self) -> list[Landed]:
+        """Return what came in, or failed, since the last call."""
+        return [] if self._background is None else self._background.landed()
+
+    def wait(self, most_s: float) -> bool:
+        """Wait until `landed` has something to say; see BackgroundReader."""
+        return self._background is not None and self._background.wait(most_s)
+
+    def forget(self) -> None:
+        """Take back what has not begun and wait for what has; see BackgroundReader."""
+        if self._background is not None:
+            self._background.forget()
+
     def close(self) -> None:
         """Close the files; reads that are under way finish first."""
+        self.forget()
         for file in self._files:
             file.close()
 
-    def _place(self, key: ExpertKey, buffer: memoryview, start: int, length: int | None) -> _Place:
+    def _place(self, key: ExpertKey, buffer: memoryview, start: int, length: int | None) -> Place:
         if not (0 <= key.layer < len(self._files)):
             raise ReadError(key, "store", 0, None, f"the store has {len(self._files)} MoE layers")
         entry, file = self._layers[key.layer], self._files[key.layer]
@@ -186,13 +248,13 @@ class FileReader:
                 key, file.path, entry.offset(key.expert), None,
                 f"bytes {start}+{length} into {len(target)} of a {entry.record_bytes} byte record",
             )  # fmt: skip
-        return _Place(key, entry, file, entry.offset(key.expert) + start, target[:length])
+        return Place(key, file, entry.offset(key.expert) + start, target[:length])
 
-    def _read_together(self, places: Sequence[_Place]) -> list[int]:
+    def _read_together(self, places: Sequence[Place]) -> list[int]:
         """Return how many bytes of each came in; what is missing is left to the plain way."""
         if self._reads is None:
             return [0] * len(places)
-        held: list[_LayerFile] = []
+        held: list[LayerFile] = []
         try:
             wanted = []
             for place in places:
@@ -200,21 +262,22 @@ class FileReader:
                 if fd < 0:
                     return [0] * len(places)
                 held.append(place.file)
-                wanted.append((fd, place.offset, _address(place.target), len(place.target)))
+                wanted.append((fd, place.offset, address_of(place.target), len(place.target)))
             return [done for done, _ in self._reads.read(wanted)]
         finally:
             for file in held:
                 file.let_go()
 
-    def _finish(self, place: _Place, done: int) -> None:
+    def _finish(self, place: Place, done: int) -> None:
         """Read what is missing after the first `done` bytes and check the record if asked to."""
         if done < len(place.target):
             place.file.read(place.key, place.offset + done, place.target[done:])
         if self._verify_on_read and place.key not in self._verified:
             self._verify(place)
 
-    def _verify(self, place: _Place) -> None:
-        key, entry, whole = place.key, place.entry, place.target
+    def _verify(self, place: Place) -> None:
+        key, whole = place.key, place.target
+        entry = self._layers[key.layer]
         offset = entry.offset(key.expert)
         if len(whole) < entry.record_bytes:  # only the whole record has a checksum
             whole = memoryview(bytearray(entry.record_bytes))
@@ -227,15 +290,6 @@ class FileReader:
                 f"checksum {found}, expected {expected}: run verify",
             )  # fmt: skip
         self._verified.add(key)
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    key: ExpertKey
-    entry: LayerEntry
-    file: _LayerFile
-    offset: int  # in the file
-    target: memoryview
 
 
 def record_checksum(record: bytes | bytearray | memoryview) -> str:
@@ -259,107 +313,7 @@ def check_layer_file(path: Path, entry: LayerEntry) -> None:
             raise FormatError(f"{path}: record of expert {expert} is not at {place[0]}+{place[1]}")
 
 
-class _LayerFile:
-    """One open layer file: a direct descriptor where that works, and a buffered one."""
-
-    def __init__(self, path: Path, direct: bool) -> None:
-        self.path = str(path)
-        self._idle = threading.Condition()  # guards _reading and the descriptors
-        self._reading = 0
-        self._seek_lock = threading.Lock()  # makes seek + read one step where preadv is missing
-        self._buffered_fd = os.open(path, os.O_RDONLY | _O_BINARY | _O_CLOEXEC)
-        self._direct_fd = _open_direct(path) if direct else -1
-        self.is_direct = self._direct_fd >= 0
-
-    def read(self, key: ExpertKey, offset: int, target: memoryview) -> None:
-        """Fill `target` from `offset`; raise ReadError."""
-        with self._idle:
-            if self._buffered_fd < 0:
-                raise ReadError(key, self.path, offset, None, "the store is closed")
-            self._reading += 1
-        try:
-            self._read_all(key, offset, target)
-        finally:
-            self.let_go()
-
-    def hold(self, offset: int, target: memoryview) -> int:
-        """Return the descriptor for this read and keep it open until `let_go`; -1 when closed."""
-        direct = self.is_direct and _is_aligned(offset, target)
-        with self._idle:
-            if self._buffered_fd < 0:
-                return -1
-            self._reading += 1
-            return self._direct_fd if direct else self._buffered_fd
-
-    def let_go(self) -> None:
-        """End one read."""
-        with self._idle:
-            self._reading -= 1
-            if self._reading == 0:
-                self._idle.notify_all()
-
-    def close(self) -> None:
-        """Wait for the reads under way, then close both descriptors."""
-        with self._idle:
-            fds = (self._buffered_fd, self._direct_fd)
-            self._buffered_fd = self._direct_fd = -1
-            self._idle.wait_for(lambda: self._reading == 0)
-        for fd in fds:
-            if fd >= 0:
-                os.close(fd)
-
-    def _read_all(self, key: ExpertKey, offset: int, target: memoryview) -> None:
-        direct_fd, buffered_fd = self._direct_fd, self._buffered_fd
-        done = 0
-        while done < len(target):
-            rest = target[done:]
-            direct = self.is_direct and _is_aligned(offset + done, rest)
-            try:
-                count = self._read_some(direct_fd if direct else buffered_fd, offset + done, rest)
-            except OSError as error:
-                if direct and error.errno == errno.EINVAL:
-                    self.is_direct = False  # this file system takes the flag but not the reads
-                    continue
-                why = error.strerror or "read failed"
-                raise ReadError(key, self.path, offset + done, error.errno, why) from error
-            if count == 0:
-                raise ReadError(key, self.path, offset + done, None, "the file ends here")
-            done += count
-
-    def _read_some(self, fd: int, offset: int, target: memoryview) -> int:
-        preadv = getattr(os, "preadv", None)  # missing on Windows; PEP 475 retries EINTR
-        if preadv is not None:
-            return int(preadv(fd, [target[:_MAX_READ]], offset))
-        with self._seek_lock:
-            os.lseek(fd, offset, os.SEEK_SET)
-            data = os.read(fd, min(len(target), _MAX_READ))
-        target[: len(data)] = data
-        return len(data)
-
-
-def _open_direct(path: Path) -> int:
-    flag: int = getattr(os, "O_DIRECT", 0)
-    if not flag:
-        return -1
-    try:
-        return os.open(path, os.O_RDONLY | _O_CLOEXEC | flag)
-    except OSError:
-        return -1  # tmpfs and some network file systems refuse the flag
-
-
-def _is_aligned(offset: int, target: memoryview) -> bool:
-    if offset % PAGE or len(target) % PAGE:
-        return False
-    return _address(target) % PAGE == 0
-
-
-def _address(target: memoryview) -> int:
-    return ctypes.addressof(ctypes.c_char.from_buffer(target))
-
-
-def _open_reads(way: str | None) -> Any:
+def _choose_way(way: str | None) -> str | None:
     if way == "plain" or not native.is_available():
         return None
-    core = native.core()
-    ways = core.read_ways() if way is None else [way]
-    return core.open_reads(ways[0], _DEPTH) if ways else None
+    return way or next(iter(native.core().read_ways()), None)

@@ -9,14 +9,16 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+from fate_moe import native
 from fate_moe.bench.policies import ABLATION, BOUND, Form, Row, parse_policy, run_policies
 from fate_moe.bench.policies_present import link_text, markdown, plot
 from fate_moe.bench.throttle import ThrottledReader
 from fate_moe.cli import app
 from fate_moe.cli import policies as _policies  # noqa: F401 - registers the command
 from fate_moe.errors import ConfigError
+from fate_moe.store.background import Landed
 from fate_moe.store.format import read_manifest
-from fate_moe.store.reader import FileReader, Request
+from fate_moe.store.reader import TOGETHER_BYTES, FileReader, Request
 from fate_moe.types import ExpertKey, no_progress
 from tests.unit.cli.test_commands import refused
 
@@ -59,6 +61,36 @@ def test_a_part_of_a_record_takes_a_part_of_the_time(reader: FileReader) -> None
     head = slow._take(Request(ExpertKey(0, 0), buffer, 0, 1024))
     tail = slow._take(Request(ExpertKey(0, 0), buffer, 1024))
     assert tail - head == pytest.approx((size - 1024) / 100)
+    slow.close()
+
+
+@pytest.mark.skipif(not native.is_available(), reason="nothing is read in the background")
+def test_reads_in_the_background_share_the_link_and_can_be_withdrawn_until_their_turn(
+    reader: FileReader,
+) -> None:
+    keys = [ExpertKey(layer, e) for layer in range(4) for e in range(16)]
+    size, step_s = reader.record_bytes(0), 0.002
+    slow = ThrottledReader(reader, size / step_s)
+    assert (len(keys) - 1) * size > TOGETHER_BYTES
+    buffers = {key: memoryview(bytearray(size)) for key in keys}
+    began_s = time.perf_counter()
+    slow.start([Request(key, buffers[key]) for key in keys])
+    assert not slow.withdraw(keys[0])
+    assert not slow.landed()
+    assert slow.withdraw(keys[-1])
+    found: list[Landed] = []
+    while slow.wait(10):
+        found += slow.landed()
+    assert time.perf_counter() - began_s >= (len(keys) - 1) * step_s
+    assert sorted(one.key for one in found) == keys[:-1]
+    assert all(one.failure is None and one.ago_s >= 0 for one in found)
+    plain = bytearray(size)
+    for key in keys[:-1]:
+        reader.read_into(key, memoryview(plain))
+        assert buffers[key] == plain
+    slow.start([Request(keys[0], buffers[keys[0]])])
+    slow.forget()
+    assert not slow.wait(0.01)
     slow.close()
 
 

@@ -4,6 +4,7 @@ import gc
 import json
 import shutil
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,24 @@ def test_a_dropped_model_gives_everything_back(tiny_store: Path) -> None:
     del model
     gc.collect()
     assert readers() == before
+
+
+def test_the_slots_of_a_dropped_model_go_with_it(tiny_store: Path) -> None:
+    model, _ = fate_moe.load(str(tiny_store), experts="50%")
+    mover = weakref.ref(model.fate.mover)  # its finalizer runs while the collector does
+    del model
+    gc.collect()
+    assert mover() is None
+
+
+def test_every_policy_has_spare_slots_for_what_a_token_asks_for(
+    tiny_store: Path, open_engine: Open
+) -> None:
+    blueprint = open_engine(tiny_store, policy="demand", experts="50%").blueprint
+    assert [blueprint.share_out(width)[1] for width in (0, 2, 9)] == [3, 3, 9]
+    assert blueprint.skeleton.top_k == 3
+    small = open_engine(tiny_store, policy="demand", experts="10%").blueprint
+    assert small.share_out(9)[1] == small.memory.slots // 3
 
 
 def test_a_second_turn_reads_only_what_is_new(tiny_store: Path, open_engine: Open) -> None:

@@ -83,7 +83,7 @@ class Bench:
                 for expert, slot in piece:
                     assert set(self.view(slot)) == {10 * layer + expert}
                 pieces.append([expert for expert, _ in piece])
-        with self.mover.section():  # other threads may be changing it
+        with self.mover.section:  # other threads may be changing it
             self.mover.table.check()
         return pieces
 

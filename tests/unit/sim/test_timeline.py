@@ -43,10 +43,11 @@ def test_a_large_record_comes_while_the_others_are_computed() -> None:
     assert timed.found.total().misses == 3
 
 
-def test_small_records_are_read_before_anything_is_computed() -> None:
+def test_every_read_pays_the_latency() -> None:
     steps = [Step([Choice(0, [0, 1])]), Step([Choice(0, [1, 2])])]
-    timed = run(steps, Link(MB, token_s=0.5, latency_s=0.1), capacities=(4,), size=100_000)
-    assert timed.seconds == pytest.approx((2 * 0.2 + 0.5) + (0.2 + 0.5))
+    timed = run(steps, Link(MB, token_s=0.6, latency_s=0.1), capacities=(4,), size=700_000)
+    # Two reads of 0.8 s, then one; of three parts of computing the last follows them.
+    assert timed.seconds == pytest.approx((2 * 0.8 + 0.2) + (0.8 + 0.2))
 
 
 def test_what_is_resident_takes_no_more_than_computing() -> None:

@@ -1,0 +1,134 @@
+"""Reads that go on by themselves: each is reported once, with its bytes or its failure."""
+
+import errno
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fate_moe import native
+from fate_moe.errors import ReadError
+from fate_moe.store.background import Landed
+from fate_moe.store.convert import convert
+from fate_moe.store.format import read_manifest
+from fate_moe.store.reader import BackgroundReader, FileReader, Request
+from fate_moe.types import ExpertKey
+from tests.unit.store.formula import FormulaSource, formula
+from tests.unit.store.test_batch_reads import KEYS, slot
+
+WAYS = native.core().read_ways() if native.is_available() else []
+pytestmark = pytest.mark.skipif(not WAYS, reason="needs the native core")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, source: FormulaSource) -> Path:
+    convert(source, tmp_path / "store")
+    return tmp_path / "store"
+
+
+@pytest.fixture(params=WAYS)
+def reader(request: pytest.FixtureRequest, folder: Path) -> Iterator[FileReader]:
+    made = FileReader(folder, read_manifest(folder), way=request.param, verify_on_read=True)
+    yield made
+    made.close()
+
+
+def requests_for(reader: FileReader, keys: list[ExpertKey]) -> list[Request]:
+    return [Request(key, slot(reader.record_bytes(key.layer))) for key in keys]
+
+
+def collect(reader: BackgroundReader, count: int) -> dict[ExpertKey, Landed]:
+    found: dict[ExpertKey, Landed] = {}
+    while len(found) < count:
+        assert reader.wait(10)
+        for one in reader.landed():
+            assert one.key not in found
+            found[one.key] = one
+    assert not reader.wait(0.01)
+    return found
+
+
+def test_every_record_lands_once_and_whole(reader: FileReader) -> None:
+    assert isinstance(reader, BackgroundReader)
+    assert not reader.wait(0.01)
+    assert reader.landed() == []
+    for keys in (KEYS, KEYS[::-1], KEYS[2:3]):
+        requests = requests_for(reader, keys)
+        reader.start(requests)
+        found = collect(reader, len(keys))
+        assert [found[key].failure for key in keys] == [None] * len(keys)
+        assert all(0 <= one.ago_s < 10 for one in found.values())
+        for request in requests:
+            assert bytes(request.buffer) == formula(request.key, len(request.buffer))
+
+
+def test_each_fails_alone(reader: FileReader, folder: Path) -> None:
+    damaged = ExpertKey(1, 2)
+    entry = reader._layers[1]
+    with (folder / entry.file).open("r+b") as file:
+        file.seek(entry.offset(2))
+        file.write(b"\xff" * 64)
+    reader.start([*requests_for(reader, KEYS), Request(ExpertKey(9, 0), slot(8192))])
+    found = collect(reader, len(KEYS) + 1)
+    failed = {key: str(one.failure) for key, one in found.items() if one.failure is not None}
+    assert failed.keys() == {damaged, ExpertKey(9, 0)}
+    assert "checksum" in failed[damaged]
+    assert "the store has 2 MoE layers" in failed[ExpertKey(9, 0)]
+
+
+def test_what_the_core_could_not_read_is_read_again_and_then_fails(
+    reader: FileReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(key: ExpertKey, offset: int, target: memoryview) -> None:
+        raise ReadError(key, "here", offset, errno.EIO, "injected")
+
+    reader.start([])  # makes the background
+    background = reader._background
+    assert background is not None
+    real = background._courier
+
+    class Nothing:
+        def __getattr__(self, name: str) -> object:
+            return getattr(real, name)
+
+        def landed(self) -> list[tuple[int, int, int, float]]:
+            return [(one[0], 0, errno.EIO, one[3]) for one in real.landed()]
+
+    monkeypatch.setattr(background, "_courier", Nothing())
+    requests = requests_for(reader, KEYS[:2])
+    reader.start(requests)
+    assert all(one.failure is None for one in collect(reader, 2).values())
+    assert bytes(requests[0].buffer) == formula(KEYS[0], len(requests[0].buffer))
+    for file in reader._files:
+        monkeypatch.setattr(file, "read", broken)
+    reader.start(requests)
+    assert all("injected" in str(one.failure) for one in collect(reader, 2).values())
+
+
+def test_what_is_withdrawn_is_not_reported(reader: FileReader) -> None:
+    for _ in range(20):
+        reader.start(requests_for(reader, KEYS))
+        gone = {key for key in KEYS[::-1] if reader.withdraw(key)}
+        assert collect(reader, len(KEYS) - len(gone)).keys() == set(KEYS) - gone
+        assert not any(reader.withdraw(key) for key in KEYS)
+
+
+def test_nothing_is_written_or_reported_after_forget(reader: FileReader) -> None:
+    requests = requests_for(reader, KEYS)
+    reader.start(requests)
+    reader.forget()
+    before = [bytes(request.buffer) for request in requests]
+    time.sleep(0.01)
+    assert [bytes(request.buffer) for request in requests] == before
+    assert reader.landed() == []
+    reader.start(requests)
+    assert collect(reader, len(KEYS)).keys() == set(KEYS)
+
+
+def test_a_closed_store_says_so(reader: FileReader) -> None:
+    reader.start(requests_for(reader, KEYS))
+    reader.close()
+    assert reader.landed() == []
+    reader.start(requests_for(reader, KEYS[:1]))
+    assert "the store is closed" in str(collect(reader, 1)[KEYS[0]].failure)
