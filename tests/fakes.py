@@ -16,7 +16,9 @@ class FakeReader:
         self.gate = threading.Event()
         self.gate.set()
 
-    def read_into(self, key: ExpertKey, buffer: memoryview) -> None:
+    def read_into(
+        self, key: ExpertKey, buffer: memoryview, start: int = 0, length: int | None = None
+    ) -> None:
         self.gate.wait(10)
         self.reads.append(key)
         if self.fail(key):

@@ -7,12 +7,13 @@ in one function. Knows no family, no file format and no policy.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from fate_moe.compute import RoutedSum
+from fate_moe.compute import LowExperts, RoutedSum
 from fate_moe.predict import Predictor
 from fate_moe.prefetch.mover import Mover
 from fate_moe.types import Choice, Prediction
@@ -41,19 +42,22 @@ class MoELayer:
         predictor: Predictor,
         mover: Mover,
         experts: RoutedSum,
+        low_experts: LowExperts,
     ) -> None:
         self.layer = layer
         self._num_experts = num_experts
         self._predictor = predictor
         self._mover = mover
         self._experts = experts
+        self._low_experts = low_experts
         self._guess: Prediction | None = None
         self.observer: Observer | None = None
 
     def before_router(self, gate_input: Tensor) -> None:
         """Guess the next layer's experts from this layer's gate input, [T, D]."""
         wanted = self._mover.guess_level(len(gate_input)) > 0
-        self._guess = self._predictor.next(self.layer, gate_input) if wanted else None
+        guess = self._predictor.next(self.layer, gate_input) if wanted else None
+        self._guess = guess and self._with_low(guess, len(gate_input))
         if self.observer is not None:
             self.observer.asked(self.layer, gate_input, self._guess)
 
@@ -61,7 +65,7 @@ class MoELayer:
         """Guess this layer's experts again from what enters it, [T, D]."""
         if self._mover.guess_level(len(hidden)) > 1:
             guess = self._predictor.sharpen(self.layer, hidden)
-            self._mover.speculate(guess)
+            self._mover.speculate(guess and self._with_low(guess, len(hidden)))
             if self.observer is not None and guess is not None:
                 self.observer.sharpened(guess)
 
@@ -87,10 +91,17 @@ class MoELayer:
 
     def _choice(self, topk_ids: Tensor) -> Choice:
         choice = choice_of(self.layer, topk_ids, self._num_experts)
+        low = self._low_experts(choice)
+        if low:
+            choice = replace(choice, low=low)
         self._predictor.learn(self.layer, choice.experts)
         if self.observer is not None:
             self.observer.chose(choice)
         return choice
+
+    def _with_low(self, guess: Prediction, tokens: int) -> Prediction:
+        low = self._low_experts(Choice(guess.layer, guess.ranked, tokens, guess.counts))
+        return replace(guess, low=low) if low else guess
 
 
 def choice_of(layer: int, topk_ids: Tensor, num_experts: int) -> Choice:

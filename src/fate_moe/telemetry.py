@@ -21,6 +21,8 @@ from fate_moe.types import Phase, Prediction
 class Counts:
     """Sums over requests; `saved` = requests served by a guess, resident or in flight.
 
+    `partial`: of the misses, those of which the INT2 head was there.
+
     `recall_hit / recall_of` is recall at the full width of the guess, `core_hit / recall_of` at
     the router's own top-k width.
     """
@@ -30,6 +32,7 @@ class Counts:
     late: int = 0
     misses: int = 0
     saved: int = 0
+    partial: int = 0
     recall_of: int = 0
     recall_hit: int = 0
     core_hit: int = 0

@@ -37,12 +37,14 @@ class Choice:
         experts: distinct ids; requests come in this order.
         tokens: T of the step; one token is decode, more are prefill.
         counts: tokens of each expert; None = one each.
+        low: the experts that are computed from their INT2 head.
     """
 
     layer: int
     experts: Sequence[int]
     tokens: int = 1
     counts: Sequence[int] | None = None
+    low: frozenset[int] = frozenset()
 
     @property
     def phase(self) -> Phase:
@@ -59,11 +61,15 @@ class Prediction:
         ranked: distinct expert ids, most likely first.
         core: how many of the first ids the router itself would take (the union over the tokens
             of its top-k); the rest is the extended width.
+        counts: how many tokens are guessed to choose each of `ranked`; None = one each.
+        low: the experts whose INT2 head is guessed to be enough.
     """
 
     layer: int
     ranked: tuple[int, ...]
     core: int
+    counts: tuple[int, ...] | None = None
+    low: frozenset[int] = frozenset()
 
 
 class Progress(Protocol):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from fate_moe.bench.throttle import ThrottledReader
 from fate_moe.cache import make_cache
 from fate_moe.cache.allocation import Regions, make_regions
 from fate_moe.cache.belady import Belady
-from fate_moe.config import PRESETS, make_config
+from fate_moe.config import PRESETS, make_config, parse_size
 from fate_moe.engine.build import build
 from fate_moe.engine.demands import PREFILL_CHUNK_TOKENS
 from fate_moe.engine.handle import Engine
@@ -49,9 +49,18 @@ ABLATION = (
     "tuned+window=99", "fate",
 )  # fmt: skip
 """The default policy, and without each of its parts; a window means that guessing never stops."""
-_CHANGES = {
+
+
+def _share_of(text: str) -> float:
+    share = parse_size(text).share
+    if share is None:
+        raise ValueError(text)
+    return share
+
+
+_CHANGES: dict[str, Callable[[str], object]] = {
     "predictor": str, "cache": str, "allocation": str, "shallow_layers": int, "percentile": float,
-    "window": int,
+    "window": int, "int2_share": _share_of,
 }  # fmt: skip
 
 
@@ -70,11 +79,13 @@ def parse_policy(text: str) -> tuple[str, dict[str, object]]:
         key, _, value = change.partition("=")
         try:
             settings[key] = _CHANGES[key](value)
-        except (KeyError, ValueError):
+        except (KeyError, ValueError, ConfigError):
             raise ConfigError(
                 f"policies: {change!r:.40} changes none of {', '.join(_CHANGES)}; write "
                 "tuned+cache=arc"
             ) from None
+    if "int2_share" in settings:
+        settings["int2"] = "tail"
     config = make_config(name, **settings)
     make_predictor(config.predict, Known())
     make_cache(config.cache.cache, 1)
@@ -108,10 +119,12 @@ class Form:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One policy in one cell; counts and bytes are of decoding alone, for each token.
+    """One policy in one cell; counts are of decoding alone.
 
     Attributes:
         round: from 1; 0 for the bound, which is computed.
+        bytes_token: moved for each token written.
+        bytes_prompt: moved for each token read.
         stall_share: of the time that computing waited for bytes, of the whole run.
     """
 
@@ -127,6 +140,16 @@ class Row:
     bytes_token: float
     stall_share: float | None
     guessing: str = ""
+    bytes_prompt: float | None = None
+
+
+class _Spent(NamedTuple):
+    """What one request took."""
+
+    read_s: float
+    write_s: float
+    read_bytes: int
+    write_bytes: int
 
 
 def run_policies(
@@ -211,46 +234,48 @@ def _measure(
     engine = _open(store, form, policy, budget, link)
     try:
         for request in requests[: form.warm_ups]:
-            _answer(engine.model, request, form.new_tokens)
+            _answer(engine, request, form.new_tokens)
         engine.mover.reset()
-        times = [_answer(engine.model, one, form.new_tokens) for one in requests[form.warm_ups :]]
+        spent = [_answer(engine, one, form.new_tokens) for one in requests[form.warm_ups :]]
         report = engine.report()
         counts = engine.mover.telemetry.total(Phase.DECODE)
     finally:
         engine.close()
-    prefill_s, decode_s = (sum(part) for part in zip(*times, strict=True))
-    tokens = len(times) * form.new_tokens
-    moved = report.bytes_demand + report.bytes_speculated
+    whole = _Spent(*(sum(part) for part in zip(*spent, strict=True)))
+    tokens, prompt_tokens = len(spent) * form.new_tokens, len(spent) * form.prompt_tokens
     return Row(
         round=number,
         policy=policy,
         budget=budget,
         link_bytes_s=link,
-        prefill_tok_s=len(times) * form.prompt_tokens / prefill_s,
-        decode_tok_s=tokens / decode_s,
+        prefill_tok_s=prompt_tokens / whole.read_s,
+        decode_tok_s=tokens / whole.write_s,
         hit_rate=counts.hit_rate,
         late_rate=counts.late / counts.requests if counts.requests else None,
         recall=counts.recall,
-        bytes_token=moved / tokens,
-        stall_share=report.stall_s / (prefill_s + decode_s),
+        bytes_token=whole.write_bytes / tokens,
+        stall_share=report.stall_s / (whole.read_s + whole.write_s),
         guessing=report.guessing,
+        bytes_prompt=whole.read_bytes / prompt_tokens,
     )
 
 
 @torch.no_grad()
-def _answer(model: Any, ids: Tensor, new_tokens: int) -> tuple[float, float]:
-    """Read a prompt and write greedily; return the seconds of each."""
-    cache = new_cache(model)
-    began_s = time.perf_counter()
+def _answer(engine: Engine, ids: Tensor, new_tokens: int) -> _Spent:
+    """Read a prompt and write greedily."""
+    model: Any = engine.model
+    cache, moved = new_cache(model), engine.mover.telemetry
+    began_s, began = time.perf_counter(), moved.bytes_demand + moved.bytes_speculated
     for piece in torch.split(ids, PREFILL_CHUNK_TOKENS, dim=1):
         logits = model(
             input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=1
         ).logits
-    read_s = time.perf_counter()
+    read_s, read = time.perf_counter(), moved.bytes_demand + moved.bytes_speculated
     for _ in range(new_tokens):
         token = logits[:, -1:].argmax(dim=-1)
         logits = model(input_ids=token, past_key_values=cache, use_cache=True).logits
-    return read_s - began_s, time.perf_counter() - read_s
+    end_s, end = time.perf_counter(), moved.bytes_demand + moved.bytes_speculated
+    return _Spent(read_s - began_s, end_s - read_s, read - began, end - read)
 
 
 def _bounds(store: Path, requests: Sequence[Tensor], form: Form) -> Iterator[Row]:
@@ -262,10 +287,10 @@ def _bounds(store: Path, requests: Sequence[Tensor], form: Form) -> Iterator[Row
     try:
         with Recorder(engine) as recorder:
             for request in requests:
-                _answer(engine.model, request, form.new_tokens)
+                _answer(engine, request, form.new_tokens)
         trace = recorder.trace
         counted = requests[form.warm_ups :]
-        decode_s = sum(_answer(engine.model, one, form.new_tokens)[1] for one in counted)
+        decode_s = sum(_answer(engine, one, form.new_tokens).write_s for one in counted)
     finally:
         engine.close()
     token_s = decode_s / (len(counted) * form.new_tokens)

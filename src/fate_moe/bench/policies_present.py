@@ -17,8 +17,8 @@ def markdown(rows: Sequence[Row]) -> str:
     """Write medians over the rounds, a policy a line, by link and budget."""
     lines = [
         "| link | experts | policy | decode tok/s | range | prefill tok/s | hit | late | recall "
-        "| MiB a token | stall | against demand | of the bound |",
-        "|---" * 13 + "|",
+        "| MiB a token | MiB a prompt token | stall | against demand | of the bound |",
+        "|---" * 14 + "|",
     ]
     for link, budget in _cells(rows):
         own = {name: [r for r in rows if _is(r, name, link, budget)] for name in _policies(rows)}
@@ -36,6 +36,7 @@ def _line(
     rate = median(row.decode_tok_s for row in ones)
     low, high = min(row.decode_tok_s for row in ones), max(row.decode_tok_s for row in ones)
     prefill = _median(ones, lambda row: row.prefill_tok_s)
+    prompt = _median(ones, lambda row: row.bytes_prompt)
     return (
         link_text(ones[0].link_bytes_s),
         f"{100 * ones[0].budget:g} %",
@@ -52,6 +53,7 @@ def _line(
             )
         ),
         f"{median(row.bytes_token for row in ones) / 2**20:.2f}",
+        "-" if prompt is None else f"{prompt / 2**20:.2f}",
         _percent(_median(ones, lambda row: row.stall_share)),
         "-" if not demand else f"{rate / demand:.2f}x",
         "-" if not bound else f"{100 * rate / bound:.0f} %",

@@ -20,12 +20,23 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from enum import Enum
 
 from fate_moe.cache.allocation import Regions
 from fate_moe.cache.policy import EvictionPolicy
 from fate_moe.errors import CacheError
 from fate_moe.telemetry import Counts
 from fate_moe.types import Choice, ExpertKey, Prediction
+
+
+class Part(Enum):
+    """What of a record a slot holds, or a read brings."""
+
+    WHOLE = "whole"
+    HEAD = "head"
+    """The INT2 expert."""
+    TAIL = "tail"
+    """What makes a head whole; the head is there."""
 
 
 @dataclass(slots=True, eq=False)
@@ -40,6 +51,8 @@ class Entry:
         spare: counted to the spare slots, not to its layer's region.
         guessed: read because of a guess; stays true after the router confirmed it.
         used: the router asked for it at least once.
+        part: what is there of the record if resident, else what is on its way.
+        then_tail: a head on its way is not enough; the rest is read next.
     """
 
     key: ExpertKey
@@ -49,6 +62,8 @@ class Entry:
     spare: bool = False
     guessed: bool = False
     used: bool = False
+    part: Part = Part.WHOLE
+    then_tail: bool = False
 
 
 class ExpertTable:
@@ -87,6 +102,11 @@ class ExpertTable:
         """Return the entry of `key`, resident or in flight, or None."""
         return self._entries.get(key)
 
+    def waits_for(self, key: ExpertKey) -> bool:
+        """Say whether an expert has no slot but what a guess that nobody asked for gave it."""
+        entry = self._entries.get(key)
+        return entry is None or (entry.guessed and not entry.used)
+
     def begin(self, choice: Choice) -> None:
         """Tell the policy all that a router chose in a step, before the requests for it."""
         self._policy(choice.layer).begin(choice)
@@ -95,13 +115,19 @@ class ExpertTable:
         """Tell the policy which experts of a layer are guessed to be asked for next."""
         self._policy(prediction.layer).expect(prediction)
 
-    def count(self, keys: Iterable[ExpertKey], counts: Counts) -> None:
-        """Add requests to counts, before anything is done for them."""
+    def count(
+        self, keys: Iterable[ExpertKey], counts: Counts, low: frozenset[int] = frozenset()
+    ) -> None:
+        """Add requests to counts, before anything is done for them; `low` need a head only."""
         for key in keys:
             counts.requests += 1
             entry = self._entries.get(key)
             if entry is None:
                 counts.misses += 1
+                continue
+            if entry.part is Part.HEAD and key.expert not in low:
+                counts.misses += 1
+                counts.partial += 1
                 continue
             counts.hits += entry.resident
             counts.late += not entry.resident
@@ -156,9 +182,23 @@ class ExpertTable:
         return entry
 
     def landed(self, entry: Entry) -> None:
-        """Note that an entry's bytes are complete."""
+        """Note that what was on its way to an entry is there."""
         entry.resident = True
+        if entry.part is Part.TAIL:
+            entry.part = Part.WHOLE
         self._drop_homeless(entry)
+
+    def upgrade(self, entry: Entry) -> None:
+        """Note that the tail is being read of an entry whose head is there."""
+        entry.resident, entry.part = False, Part.TAIL
+
+    def give_back(self, entry: Entry) -> None:
+        """Note that a read was taken back before it began: what was there is there."""
+        if entry.part is Part.TAIL:
+            entry.resident, entry.part = True, Part.HEAD
+            self._drop_homeless(entry)
+        else:
+            self.drop(entry)
 
     def unlock(self, entry: Entry) -> None:
         """End one lease on an entry."""

@@ -68,6 +68,7 @@ def generate(
     window: options.Window = None,
     compute: options.Compute = None,
     dtype: options.Dtype = None,
+    int2_share: options.Int2Share = None,
     threads: options.Threads = None,
     io_threads: options.IoThreads = None,
     verify: options.Verify = None,
@@ -95,7 +96,7 @@ def generate(
         model, revision, cache_dir,
         policy=policy, ram=ram, experts=experts, context_tokens=context, predictor=predictor,
         percentile=percentile, window=window, cache=cache, allocation=allocation,
-        compute=compute, dtype=dtype,
+        compute=compute, dtype=dtype, **options.two_bits(int2_share),
         threads=threads, io_threads=io_threads, verify=verify,
     )  # fmt: skip
     try:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from fate_moe.config import parse_size
 from fate_moe.errors import ConfigError
 
 
@@ -20,6 +21,20 @@ def parts_of(text: str, what: str) -> list[str]:
     if "" in parts or len(set(parts)) != len(parts):
         raise ConfigError(f"{what}: {text!r:.80}: need different ones, with commas between")
     return parts
+
+
+def two_bits(share: str | None) -> dict[str, object]:
+    """Read `--int2-share` as settings of `make_config`.
+
+    Raises:
+        ConfigError: it is no share.
+    """
+    if share is None:
+        return {}
+    found = parse_size(share, "int2-share").share
+    if found is None:
+        raise ConfigError(f"int2-share: {share!r:.40}: need a share such as 25%")
+    return {"int2": "tail", "int2_share": found}
 
 
 MEMORY, STAGES, ANSWER = "Memory", "Stages", "Answer"
@@ -111,6 +126,16 @@ Compute = Annotated[
         rich_help_panel=STAGES,
         help="auto, native or eager. native: compiled kernels, activations in 8 bits. eager: "
         "torch, the reference. auto: native where it was built.",
+    ),
+]
+Int2Share = Annotated[
+    str | None,
+    typer.Option(
+        "--int2-share",
+        metavar="P%",
+        rich_help_panel=STAGES,
+        help="In prompts, read and compute the least popular experts in two bits, up to this share "
+        "of the routed tokens: fewer bytes, not the same output. Default: none.",
     ),
 ]
 Dtype = Annotated[

@@ -2,12 +2,13 @@
 
 from fate_moe.compute.eager import EagerExperts, ExpertMath, RoutedSum
 from fate_moe.compute.native import GateForm, NativeExperts, can_compute
-from fate_moe.compute.precision import make_low_experts
+from fate_moe.compute.precision import LowExperts, make_low_experts
 
 __all__ = [
     "EagerExperts",
     "ExpertMath",
     "GateForm",
+    "LowExperts",
     "NativeExperts",
     "RoutedSum",
     "can_compute",

@@ -14,12 +14,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fate_moe.compute.precision import LowExperts, never
-
 Weights = dict[str, Tensor]
 Decode = Callable[[Tensor, torch.dtype], Weights]
-Arriving = Iterable[Sequence[tuple[int, int]]]
-"""(expert, slot) of every distinct chosen expert, in any order, in any pieces."""
+Arriving = Iterable[Sequence[tuple[int, int, bool]]]
+"""(expert, slot, low) of every distinct chosen expert, in any order, in any pieces; a low one is
+computed from its INT2 head."""
 
 
 class ExpertMath(Protocol):
@@ -47,7 +46,6 @@ class EagerExperts:
         math: ExpertMath,
         slot_bytes: Callable[[int], Tensor],
         decode_low: Decode,
-        low_experts: LowExperts = never,
     ):
         """Bind what one MoE layer needs.
 
@@ -56,11 +54,9 @@ class EagerExperts:
             math: the family's feed-forward.
             slot_bytes: gives a slot's bytes, uint8 [slot_bytes].
             decode_low: the same from the record's INT2 head.
-            low_experts: which experts of a step are decoded so.
         """
         self._decode = decode
         self._decode_low = decode_low
-        self._low_experts = low_experts
         self._math = math
         self._slot_bytes = slot_bytes
 
@@ -82,9 +78,8 @@ class EagerExperts:
         # place[t, k] = rank of choice k among token t's choices by ascending expert id
         place = topk_ids.argsort(dim=1).argsort(dim=1)  # [T, K]
         parts = x.new_zeros(topk_ids.shape[1], *x.shape)  # [K, T, D]
-        low = self._low_experts(topk_ids)
-        for expert, slot in chain.from_iterable(arriving):
-            decode = self._decode_low if expert in low else self._decode
+        for expert, slot, low in chain.from_iterable(arriving):
+            decode = self._decode_low if low else self._decode
             weights = decode(self._slot_bytes(slot), x.dtype)
             choice, token = torch.where((topk_ids == expert).T)  # rows ordered as in transformers
             y = self._math(weights, x[token]) * topk_weights[token, choice, None]

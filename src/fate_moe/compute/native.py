@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from fate_moe.compute.eager import Arriving
-from fate_moe.compute.precision import LowExperts, never
 from fate_moe.native import core
 from fate_moe.quant.record import RecordLayout
 
@@ -61,7 +60,6 @@ class NativeExperts:
         form: GateForm,
         slot_address: Callable[[int], int],
         step: Any,
-        low_experts: LowExperts = never,
     ):
         """Bind what one MoE layer needs.
 
@@ -70,14 +68,12 @@ class NativeExperts:
             form: the family's activation.
             slot_address: where a slot's bytes start.
             step: the native `Step` that an engine's layers share; it holds their scratch memory.
-            low_experts: which experts of a step are computed from their INT2 head.
         Raises:
             NativeUnavailable: there is no native core.
         """
         self._shape = _shape(layout, form)
         self._slot_address = slot_address
         self._step = step
-        self._low_experts = low_experts
 
     def __call__(
         self,
@@ -90,7 +86,6 @@ class NativeExperts:
         tokens = x.float().contiguous()
         ids = topk_ids.long().contiguous()
         weights = topk_weights.float().contiguous()
-        low = self._low_experts(topk_ids)
         out = torch.empty_like(tokens)
         step, address = self._step, self._slot_address
         step.begin(
@@ -102,7 +97,7 @@ class NativeExperts:
             weights.data_ptr(),
         )
         for landed in arriving:
-            step.run([(expert, address(slot), expert in low) for expert, slot in landed])
+            step.run([(expert, address(slot), low) for expert, slot, low in landed])
         step.finish(out.data_ptr())
         return out.to(x.dtype)
 

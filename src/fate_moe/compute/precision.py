@@ -1,6 +1,8 @@
 """Which experts of a step are computed from two bits instead of four?
 
-Whatever these choose changes the output: `mode:` names it, `fate eval --compare` measures it.
+From what the router chose alone, never from what is resident, so that the output does not depend
+on the cache. Whatever these choose changes the output: `mode:` names it, `fate eval --compare`
+measures it.
 """
 
 from __future__ import annotations
@@ -8,37 +10,40 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-import torch
-from torch import Tensor
-
 from fate_moe.errors import ConfigError
+from fate_moe.types import Choice, Phase
 
-LowExperts = Callable[[Tensor], frozenset[int]]
-"""From a step's topk_ids [T, K] to the experts that are computed from their INT2 head."""
+LowExperts = Callable[[Choice], frozenset[int]]
+"""From what a router chose in a step to the experts that are computed from their INT2 head."""
 
 
-def never(topk_ids: Tensor) -> frozenset[int]:
+def never(choice: Choice) -> frozenset[int]:
     """Everything in four bits."""
     return frozenset()
 
 
-def always(topk_ids: Tensor) -> frozenset[int]:
+def always(choice: Choice) -> frozenset[int]:
     """Everything in two bits."""
-    return frozenset(topk_ids.flatten().tolist())
+    return frozenset(choice.experts)
 
 
-def tail(topk_ids: Tensor, share: float) -> frozenset[int]:
+def tail(choice: Choice, share: float) -> frozenset[int]:
     """In prefill, the least popular experts that together take at most `share` of the tokens.
 
-    A step of one token is decode and keeps four bits. Equal popularity: the higher id goes first.
+    Decode keeps four bits. Equal popularity: the higher id goes first.
     Source: Fate, arXiv 2502.12224, section on popularity-aware hybrid quantization (25 %).
     """
-    if topk_ids.shape[0] == 1:
+    if choice.phase is Phase.DECODE:
         return frozenset()
-    experts, tokens = torch.unique(topk_ids, return_counts=True)
-    rising = tokens.flip(0).argsort(stable=True)
-    taken = tokens.flip(0)[rising].cumsum(0) <= share * topk_ids.numel()
-    return frozenset(experts.flip(0)[rising][taken].tolist())
+    counts = choice.counts or (1,) * len(choice.experts)
+    left, low = share * sum(counts), []
+    # The most popular come first, of equals the lower id.
+    for expert, tokens in zip(reversed(choice.experts), reversed(counts), strict=True):
+        left -= tokens
+        if left < 0:
+            break
+        low.append(expert)
+    return frozenset(low)
 
 
 def make_low_experts(name: str, share: float) -> LowExperts:

@@ -67,12 +67,14 @@ def attach(
     own = [layouts[json.dumps(entry.layout, sort_keys=True)] for entry in layers]
     path = _choose(blueprint.config.compute.compute, sites, own)
     if path.name == "native":
-        sums = _native_sums(blueprint, sites, own, arena)
+        sums = _native_sums(sites, own, arena)
     else:
-        sums = _eager_sums(blueprint, sites, own, arena)
+        sums = _eager_sums(sites, own, arena)
+    compute = blueprint.config.compute
+    low_experts = make_low_experts(compute.int2, compute.int2_share)
     moe_layers = []
     for index, (site, experts) in enumerate(zip(sites, sums, strict=True)):
-        layer = MoELayer(index, site.num_experts, predictor, mover, experts)
+        layer = MoELayer(index, site.num_experts, predictor, mover, experts, low_experts)
         site.attach(layer.forward, layer.before_router)
         if predictor.sharpens:
             site.watch_layer(layer.before_layer)
@@ -99,32 +101,26 @@ def _choose(asked: str, sites: list[MoESite], layouts: list[RecordLayout]) -> Co
 
 
 def _native_sums(
-    blueprint: Blueprint, sites: list[MoESite], layouts: list[RecordLayout], arena: Arena
+    sites: list[MoESite], layouts: list[RecordLayout], arena: Arena
 ) -> list[RoutedSum]:
-    core, compute = native.core(), blueprint.config.compute
+    core = native.core()
     core.set_threads(torch.get_num_threads())
     step = core.Step()  # one lease is open at a time, so the layers can share its memory
-    low_experts = make_low_experts(compute.int2, compute.int2_share)
     sums: list[RoutedSum] = []
     for site, layout in zip(sites, layouts, strict=True):
         form = find_gate_form(site.experts)
         assert form is not None  # `_choose` has looked
-        sums.append(NativeExperts(layout, form, arena.address, step, low_experts))
+        sums.append(NativeExperts(layout, form, arena.address, step))
     return sums
 
 
-def _eager_sums(
-    blueprint: Blueprint, sites: list[MoESite], layouts: list[RecordLayout], arena: Arena
-) -> list[RoutedSum]:
-    compute = blueprint.config.compute
-    low_experts = make_low_experts(compute.int2, compute.int2_share)
+def _eager_sums(sites: list[MoESite], layouts: list[RecordLayout], arena: Arena) -> list[RoutedSum]:
     return [
         EagerExperts(
             partial(decode, layout),
             site.math,
             arena.tensor,
             partial(decode_int2, layout),
-            low_experts,
         )
         for site, layout in zip(sites, layouts, strict=True)
     ]

@@ -72,6 +72,7 @@ def build(
         [layer.record_bytes for layer in blueprint.manifest.layers],
         io_threads=config.prefetch.io_threads,
         window=config.prefetch.window,
+        head_bytes=[layer.head_read_bytes for layer in blueprint.manifest.layers],
         guess_levels=1 if not predictor.width else 3 if predictor.sharpens else 2,
     )
     try:

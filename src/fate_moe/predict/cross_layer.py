@@ -62,7 +62,8 @@ class CrossLayer:
         votes = torch.bincount(topk_ids.flatten(), minlength=router.num_experts)  # [E]
         ranked = votes.argsort(descending=True, stable=True)
         core = int((votes > 0).sum())
-        return Prediction(layer, tuple(ranked[:core].tolist()), core)
+        named = ranked[:core]
+        return Prediction(layer, tuple(named.tolist()), core, tuple(votes[named].tolist()))
 
     def _one_token(self, layer: int, scores: Tensor, ids: Tensor, num_experts: int) -> Prediction:
         core: list[int] = ids.tolist()

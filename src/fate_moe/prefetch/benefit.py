@@ -12,7 +12,9 @@ from __future__ import annotations
 from statistics import median
 
 TRIAL_STEPS = 4  # the first of them still lives on what was read before: it does not count
+FIRST_LONG_STEPS = 24  # twice as many each time, while the cache still fills and guesses learn
 LONG_STEPS = 96
+NEWEST = 0.75  # what the newest block weighs: guesses learn, caches fill, machines change
 CLOSE = 1.005  # a level that takes this much longer than the quickest, but guesses less, is taken
 _NAMES = ("without", "with early guesses", "with early and late guesses")
 
@@ -32,8 +34,9 @@ class Benefit:
         # The cache fills while the first blocks run: the highest level is tried again at the end.
         self._trials = [*reversed(range(levels)), levels - 1] if levels > 1 else []
         self._next = 0
+        self._long_steps = FIRST_LONG_STEPS
         self.level = 0
-        self._left = LONG_STEPS
+        self._left = 0
         self._go_on()
 
     def end_step(self, seconds: float) -> None:
@@ -45,8 +48,10 @@ class Benefit:
         if self._left:
             return
         found, before = median(self._block[1:]), self._seconds[self.level]
-        self._seconds[self.level] = found if before is None else (found + before) / 2
-        was_long = len(self._block) == LONG_STEPS
+        self._seconds[self.level] = (
+            found if before is None else NEWEST * found + (1 - NEWEST) * before
+        )
+        was_long = len(self._block) > TRIAL_STEPS
         self._block = []
         if was_long:
             self._trials = [self._another()]
@@ -67,7 +72,8 @@ class Benefit:
         if self._trials:
             self.level, self._left = self._trials.pop(0), TRIAL_STEPS
         else:
-            self.level, self._left = self._quickest(), LONG_STEPS
+            self.level, self._left = self._quickest(), self._long_steps
+            self._long_steps = min(2 * self._long_steps, LONG_STEPS)
 
     def _quickest(self) -> int:
         known = [t for t in self._seconds if t is not None]

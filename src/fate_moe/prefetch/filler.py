@@ -7,10 +7,13 @@ as long as their read. Callers hold the mover's lock, except for `fill` and `wai
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 
 from fate_moe.cache.table import Entry
+from fate_moe.prefetch.parts import Parts
 from fate_moe.store.reader import BackgroundReader, BatchReader, RecordReader, Request
+from fate_moe.telemetry import LinkMeter
 from fate_moe.types import ExpertKey
 
 
@@ -21,15 +24,23 @@ class Filler:
         self,
         reader: RecordReader,
         slot_view: Callable[[int], memoryview],
-        record_bytes: Sequence[int],
+        parts: Parts,
+        link: LinkMeter,
     ) -> None:
-        """Start with nothing under way; arguments as of `Mover`."""
+        """Start with nothing under way.
+
+        Args:
+            reader, slot_view: as of `Mover`.
+            parts: says which bytes an entry's read brings.
+            link: told of reads in the background; of the others by whoever calls `fill`.
+        """
         self._reader = reader
         self._slot_view = slot_view
-        self._record_bytes = record_bytes
+        self._parts = parts
+        self._link = link
         self._batches = reader if isinstance(reader, BatchReader) else None
         self.batch_bytes = 0 if self._batches is None else self._batches.batch_bytes
-        self.are_small = 2 * max(record_bytes, default=0) <= self.batch_bytes
+        self.are_small = 2 * max(parts.record_bytes, default=0) <= self.batch_bytes
         self._background = reader if isinstance(reader, BackgroundReader) else None
         self.has_background = self.are_small and self._background is not None
         self.under_way: dict[ExpertKey, Entry] = {}  # in the background
@@ -40,8 +51,8 @@ class Filler:
         try:
             if self._batches is not None and len(requests) > 1:
                 return self._batches.read_many(requests)
-            for request in requests:
-                self._reader.read_into(request.key, request.buffer)
+            for one in requests:
+                self._reader.read_into(one.key, one.buffer, one.start, one.length)
         except Exception as error:  # noqa: BLE001 - crosses to the thread that waits for it
             return [error] * len(batch)
         return [None] * len(batch)
@@ -49,23 +60,31 @@ class Filler:
     def start(self, batch: Sequence[Entry]) -> None:
         """Begin to fill slots in the background."""
         if batch and self._background is not None:
-            self.under_way.update((entry.key, entry) for entry in batch)
+            now_s = time.perf_counter()
+            for entry in batch:
+                self.under_way[entry.key] = entry
+                self._link.begin(now_s)
             self._background.start(self._requests(batch))
 
     def withdraw(self, key: ExpertKey) -> Entry | None:
         """Take one back that has not begun, or return None."""
-        if key in self.under_way and self._background is not None:
-            return self.under_way.pop(key) if self._background.withdraw(key) else None
-        return None
+        entry, background = self.under_way.get(key), self._background
+        if entry is None or background is None or not background.withdraw(key):
+            return None
+        self._link.end(time.perf_counter(), 0)
+        return self.under_way.pop(key)
 
-    def landed(self) -> list[tuple[Entry, Exception | None, float]]:
-        """Return entries of the background, what went wrong and how many seconds ago."""
+    def landed(self) -> list[tuple[Entry, Exception | None]]:
+        """Return entries whose reads in the background are over, and what went wrong."""
         if not self.under_way or self._background is None:
             return []
-        return [
-            (self.under_way.pop(one.key), one.failure, one.ago_s)
-            for one in self._background.landed()
-        ]
+        found: list[tuple[Entry, Exception | None]] = []
+        now_s = time.perf_counter()
+        for one in self._background.landed():
+            entry = self.under_way.pop(one.key)
+            self._link.end(now_s - one.ago_s, 0 if one.failure else self._parts.bytes(entry))
+            found.append((entry, one.failure))
+        return found
 
     def wait(self, most_s: float) -> bool:
         """Wait until `landed` has something to say; False after `most_s`."""
@@ -78,7 +97,4 @@ class Filler:
             self._background.forget()
 
     def _requests(self, batch: Sequence[Entry]) -> list[Request]:
-        return [
-            Request(e.key, self._slot_view(e.slot)[: self._record_bytes[e.key.layer]])
-            for e in batch
-        ]
+        return [self._parts.request(entry, self._slot_view(entry.slot)) for entry in batch]

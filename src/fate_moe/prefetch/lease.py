@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from fate_moe.cache.table import Entry
 from fate_moe.errors import ReadError
-from fate_moe.types import ExpertKey
+from fate_moe.types import Choice, ExpertKey
 
 if TYPE_CHECKING:
     from fate_moe.prefetch.mover import Mover
@@ -29,14 +29,16 @@ class Lease:
     lease ends. Made by `Mover.lease`; used by one thread.
     """
 
-    def __init__(self, mover: Mover, keys: list[ExpertKey], together: int) -> None:
+    def __init__(self, mover: Mover, choice: Choice, keys: list[ExpertKey], together: int) -> None:
         """Lock what has a slot, place what has none. Runs under the mover's lock.
 
         Args:
-            keys: experts, distinct.
+            choice: what the router chose.
+            keys: its experts, distinct.
             together: most experts handed over at once; slots come free only between them.
         """
         self._mover = mover
+        self._low = choice.low
         self._together = together
         self._held: dict[ExpertKey, Entry] = {}
         self._homeless: list[ExpertKey] = []
@@ -45,7 +47,7 @@ class Lease:
         # Lock first: no expert of this lease may make room for another one of it.
         for key, entry in found.items():
             if entry is not None:
-                mover.join(key, entry)
+                mover.join(key, entry, key.expert in self._low)
                 self._held[key] = entry
         for key, entry in found.items():
             if entry is not None:
@@ -76,8 +78,8 @@ class Lease:
         finally:
             self._mover.end_lease()
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        """Yield the (expert, slot) of experts that have landed, at least one each time.
+    def __iter__(self) -> Iterator[list[tuple[int, int, bool]]]:
+        """Yield the (expert, slot, low) of experts that have landed, at least one each time.
 
         Raises:
             ReadError: a record of this lease could not be read.
@@ -91,7 +93,8 @@ class Lease:
             if failure is not None:
                 raise failure
             self._current = landed
-            yield [(key.expert, self._held[key].slot) for key in landed]
+            held, low = self._held, self._low
+            yield [(key.expert, held[key].slot, key.expert in low) for key in landed]
 
     def _wait_for_some(self) -> tuple[list[ExpertKey], Exception | None]:
         began: float | None = None
@@ -124,7 +127,7 @@ class Lease:
 
     def _place_homeless(self) -> None:
         while self._homeless:
-            entry = self._mover.place(self._homeless[0])
+            entry = self._mover.place(self._homeless[0], self._homeless[0].expert in self._low)
             if entry is None:
                 break
             entry.locks += 1

@@ -18,17 +18,19 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 
-from fate_moe.cache.table import Entry, ExpertTable
+from fate_moe.cache.table import Entry, ExpertTable, Part
 from fate_moe.errors import CacheError
 from fate_moe.prefetch.benefit import Benefit
 from fate_moe.prefetch.filler import Filler
 from fate_moe.prefetch.lease import POLL_S, Lease
+from fate_moe.prefetch.parts import Parts
 from fate_moe.prefetch.queue import ReadQueue
 from fate_moe.prefetch.section import Section
+from fate_moe.prefetch.threads import ReaderThreads
 from fate_moe.prefetch.turns import Turns
+from fate_moe.prefetch.wishes import Wishes
 from fate_moe.store.reader import RecordReader
 from fate_moe.telemetry import LinkMeter, Telemetry
 from fate_moe.types import Choice, ExpertKey, Phase, Prediction
@@ -47,6 +49,7 @@ class Mover:
         io_threads: int,
         window: int | None,
         guess_levels: int = 1,
+        head_bytes: Sequence[int] = (),
     ) -> None:
         """Start the reader threads.
 
@@ -59,34 +62,29 @@ class Mover:
             window: most guesses per layer; None = as many as one layer's computing time covers.
             guess_levels: how many levels of guessing there are to choose from, see `Benefit`; with
                 a window there is no choice.
+            head_bytes: what the read of an INT2 head brings, [L]; empty where there are none.
         """
         self.benefit = Benefit(guess_levels)
         self._timed = window is None
         self.table = table
         self.telemetry = Telemetry(len(record_bytes))
         self.link = LinkMeter()
-        self._record_bytes = tuple(record_bytes)
-        self._filler = Filler(reader, slot_view, self._record_bytes)
-        self._queue = ReadQueue(self._record_bytes)
+        self._parts = Parts(record_bytes, head_bytes)
+        self._filler = Filler(reader, slot_view, self._parts, self.link)
+        self._queue = ReadQueue(self._parts.bytes)
         lock = threading.RLock()  # the collector may call `close` on a thread that holds it
         self._changed = threading.Condition(lock)  # something landed, or a lease ended
-        self._queued = threading.Condition(lock)  # there is something to read
-        self._reading = 0  # reader threads that fill slots
         self._failed: dict[ExpertKey, Exception] = {}
         self._predictions: dict[int, Prediction] = {}
-        self._wishes: deque[ExpertKey] = deque()  # guessed, but without a slot so far
-        self._guesses_left = 0
+        self._wishes = Wishes()
         self._turns = Turns(window, self.link, self.telemetry, self.benefit)
         self._owner: int | None = None  # thread that holds the open lease
         self.section = Section(self._changed)
         self._closed = False
         table.on_drop = self._count_waste
-        self._threads = [
-            threading.Thread(target=self._read_loop, name=f"fate-reader-{i}", daemon=True)
-            for i in range(io_threads)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._readers = ReaderThreads(
+            io_threads, lock, self._take_batch, self._filler.fill, self._end
+        )
 
     def guess_level(self, tokens: int) -> int:
         """Say how much should be guessed in a step, see `Benefit`; all there is for a prompt."""
@@ -108,12 +106,12 @@ class Mover:
             if layer in self._predictions:
                 self._take_back_guesses(prediction)
             else:
-                self._guesses_left = self._turns.window(
-                    self._record_bytes[layer], self.table.spare_slots
-                )
+                read_bytes, turns = self._parts.record_bytes[layer], self._turns
+                window = turns.window(read_bytes, self.table.spare_slots)
+                self._wishes.open(window, turns.least_chance(read_bytes))
             self._predictions[layer] = prediction
             self.table.expect(prediction)
-            self._wishes.extend(ExpertKey(layer, expert) for expert in prediction.ranked)
+            self._wishes.add(prediction)
             self.place_guesses()
 
     def lease(self, choice: Choice) -> Lease:
@@ -142,7 +140,7 @@ class Mover:
             self._count(choice, keys)
             self.table.begin(choice)
             together = len(keys) if choice.phase is Phase.DECODE else 1
-            return Lease(self, keys, together)
+            return Lease(self, choice, keys, together)
 
     def end_lease(self) -> None:
         """Let the next lease begin."""
@@ -163,8 +161,8 @@ class Mover:
             entries = [e for k in keys if (e := self.table.place_resident(k)) is not None]
             for entry in entries:
                 self._queue.push_demand(entry)
-                self.telemetry.bytes_preloaded += self._record_bytes[entry.key.layer]
-            self._queued.notify()
+                self.telemetry.bytes_preloaded += self._parts.bytes(entry)
+            self._readers.wake()
             while any(not entry.resident for entry in entries):
                 for entry in entries:
                     if entry.key in self._failed:
@@ -178,7 +176,7 @@ class Mover:
         with self.section:
             self._settle_landed()
             for entry in self._cancel(lambda key: True):
-                self.table.drop(entry)
+                self.table.give_back(entry)
             for entry in self.table.entries():
                 entry.guessed = False  # what was guessed before does not count as a guess now
             self.table.evictions = 0
@@ -189,48 +187,41 @@ class Mover:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-            self._queued.notify_all()
-        for thread in self._threads:
-            if thread is not threading.current_thread():  # the collector runs on any thread
-                thread.join()
+        self._readers.close()
         self.table.on_drop = lambda entry: None  # the slots go with the last user, no collector
 
     # The rest is called under the lock.
 
-    def place(self, key: ExpertKey) -> Entry | None:
+    def place(self, key: ExpertKey, low: bool) -> Entry | None:
         """Give a missing expert a slot and queue its read, or None while there is no room."""
         entry = self.table.place_demand(key)
         if entry is not None:
             self._failed.pop(key, None)  # of a lease that ended before its read did
-            self._queue.push_demand(entry)
-            self.telemetry.bytes_demand += self._record_bytes[key.layer]
-            if not self._reads_here():
-                self._queued.notify()
+            entry.part = self._parts.of(key.layer, low)
+            self._demand(entry)
         return entry
 
     def place_guesses(self) -> None:
         """Queue reads of wished-for experts while the window and the spare slots allow it."""
-        while self._wishes and self._guesses_left > 0:
-            key = self._wishes[0]
-            read_bytes = self._record_bytes[key.layer]
-            if self.table.get(key) is None:
+        while (key := self._wishes.first()) is not None:
+            low = key.expert in self._predictions[key.layer].low
+            entry = self.table.get(key)
+            if entry is None:
                 entry = self.table.place_guess(key)
                 if entry is None:
                     break
-                self._queue.push_guess(entry)
-                self.telemetry.guesses += 1
-                self.telemetry.bytes_speculated += read_bytes
-                self._guesses_left -= 1
-                self._queued.notify()
-            self._wishes.popleft()
+                entry.part = self._parts.of(key.layer, low)
+                self._guess(entry)
+            elif entry.part is Part.HEAD and entry.resident and not (low or entry.locks):
+                self.table.upgrade(entry)
+                self._guess(entry)
+            self._wishes.pop()
         self.start_reads()
 
     def start_reads(self) -> None:
         """Begin in the background what is queued, where small records come in that way."""
         if self._filler.has_background and self._turns.phase is Phase.DECODE:
-            batch = self._queue.take_all()
-            self._begin(batch)
-            self._filler.start(batch)
+            self._filler.start(self._queue.take_all())
 
     def wait(self, most_s: float) -> bool:
         """Wait until a read has landed or failed; False after `most_s`."""
@@ -256,51 +247,72 @@ class Mover:
         """Return why `key` could not be read, once."""
         return self._failed.pop(key, None)
 
-    def join(self, key: ExpertKey, entry: Entry) -> None:
-        """Lock an expert that has a slot; a guess still queued becomes a demand."""
+    def join(self, key: ExpertKey, entry: Entry, low: bool) -> None:
+        """Lock an expert that has a slot; a guess still queued becomes a demand.
+
+        Where its head is not enough, the rest follows.
+        """
         self._failed.pop(key, None)  # of a lease that ended before its read did
         if entry.guessed and not entry.used:
             self.telemetry.guesses_used += 1
         entry.locks += 1
         self._queue.promote(key)
+        if entry.part is Part.HEAD and not low:
+            if entry.resident:
+                self.table.upgrade(entry)
+                self._demand(entry)
+            elif key in self._queue:
+                head_bytes = self._parts.bytes(entry)
+                entry.part = Part.WHOLE
+                self.telemetry.bytes_speculated += self._parts.bytes(entry) - head_bytes
+            else:
+                entry.then_tail = True
 
     def abandon(self, entry: Entry) -> None:
         """End a lease on an expert that was not computed; an unstarted read is withdrawn."""
-        if (self._queue.withdraw(entry.key) or self._take_back(entry.key)) is None:
+        if (self._queue.withdraw(entry.key) or self._filler.withdraw(entry.key)) is None:
+            entry.then_tail = False
             self.table.unlock(entry)
-        elif entry.guessed:
+        elif entry.guessed and entry.part is not Part.TAIL:
             self.telemetry.guesses_used -= 1
             self._take_back_guess(entry)
         else:
-            self.telemetry.bytes_demand -= self._record_bytes[entry.key.layer]
-            self.table.drop(entry)
+            self.telemetry.bytes_demand -= self._parts.bytes(entry)
+            entry.locks -= 1
+            self.table.give_back(entry)
+
+    def _demand(self, entry: Entry) -> None:
+        self._queue.push_demand(entry)
+        self.telemetry.bytes_demand += self._parts.bytes(entry)
+        if not self._reads_here():
+            self._readers.wake()
+
+    def _guess(self, entry: Entry) -> None:
+        self._queue.push_guess(entry)
+        self.telemetry.guesses += 1
+        self.telemetry.bytes_speculated += self._parts.bytes(entry)
+        self._wishes.spend()
+        self._readers.wake()
 
     def _cancel(self, unwanted: Callable[[ExpertKey], bool]) -> list[Entry]:
         """Take back the guesses that are `unwanted` and have not begun."""
         under_way = self._filler.under_way.items()
         started = [key for key, entry in under_way if not entry.used and unwanted(key)]
-        found = [self._take_back(key) for key in started]
+        found = [self._filler.withdraw(key) for key in started]
         return self._queue.cancel(unwanted) + [entry for entry in found if entry is not None]
-
-    def _take_back(self, key: ExpertKey) -> Entry | None:
-        """Take a read in the background back that has not begun, or return None."""
-        entry = self._filler.withdraw(key)
-        if entry is not None:
-            self.link.end(time.perf_counter(), 0)
-        return entry
 
     def _take_back_guesses(self, prediction: Prediction) -> None:
         """Drop what is queued and wished for a layer but not named by a later guess for it."""
         layer, named = prediction.layer, set(prediction.ranked)
         for stale in self._cancel(lambda key: key.layer == layer and key.expert not in named):
             self._take_back_guess(stale)
-            self._guesses_left += 1
+            self._wishes.give_back()
         self._wishes.clear()
 
     def _take_back_guess(self, entry: Entry) -> None:
         self.telemetry.guesses -= 1
-        self.telemetry.bytes_speculated -= self._record_bytes[entry.key.layer]
-        self.table.drop(entry)
+        self.telemetry.bytes_speculated -= self._parts.bytes(entry)
+        self.table.give_back(entry)
 
     def _take_ownership(self) -> None:
         me = threading.get_ident()
@@ -316,9 +328,9 @@ class Mover:
             self._start_anew()
 
     def _start_anew(self) -> None:
-        self._queue = ReadQueue(self._record_bytes)
+        self._queue = ReadQueue(self._parts.bytes)
         self._filler.forget()
-        while self._reading and self._changed.wait(POLL_S):
+        while self._readers.reading and self._changed.wait(POLL_S):
             pass  # slots of the old table are still being filled
         self.link.active = 0  # the torn section may have left reads of its own uncounted
         evictions = self.table.evictions
@@ -329,37 +341,29 @@ class Mover:
         self.section.torn = False
 
     def _count(self, choice: Choice, keys: Sequence[ExpertKey]) -> None:
-        self.table.count(keys, counts := self.telemetry.counts[choice.phase][choice.layer])
+        counts = self.telemetry.counts[choice.phase][choice.layer]
+        self.table.count(keys, counts, choice.low)
         prediction = self._predictions.pop(choice.layer, None)
         self._predictions.clear()  # of a step that failed on the way
         if prediction is not None:
             counts.add_guess(prediction, choice.experts)
+            if choice.phase is Phase.DECODE:
+                self._wishes.sureness.learn(prediction, choice, self.table.waits_for)
 
     def _count_waste(self, entry: Entry) -> None:
         if entry.guessed and not entry.used and entry.resident:
-            self.telemetry.bytes_wasted += self._record_bytes[entry.key.layer]
+            self.telemetry.bytes_wasted += self._parts.bytes(entry)
 
     def _reads_here(self) -> bool:
         # In prefill computing one expert takes longer than reading the next.
         return self._filler.are_small and self._turns.phase is Phase.DECODE
 
-    def _read_loop(self) -> None:
-        while True:
-            with self._changed:
-                while not (batch := self._queue.take(self._filler.batch_bytes)):
-                    if self._closed:
-                        return
-                    self._queued.wait()
-                if self._closed:
-                    return
-                if self._queue:
-                    self._queued.notify()
-                self._reading += 1
-                self._begin(batch)
-            failures = self._filler.fill(batch)
-            with self._changed:
-                self._reading -= 1
-                self._end(batch, failures)
+    def _take_batch(self) -> list[Entry]:
+        batch = self._queue.take(self._filler.batch_bytes)
+        self._begin(batch)
+        if self._queue:
+            self._readers.wake()
+        return batch
 
     def _begin(self, batch: Sequence[Entry]) -> None:
         now = time.perf_counter()
@@ -369,15 +373,13 @@ class Mover:
     def _end(self, batch: Sequence[Entry], failures: Sequence[Exception | None]) -> None:
         now = time.perf_counter()
         for entry, failure in zip(batch, failures, strict=True):
-            self.link.end(now, 0 if failure else self._record_bytes[entry.key.layer])
+            self.link.end(now, 0 if failure else self._parts.bytes(entry))
             self._settle(entry, failure)
         self._changed.notify_all()
 
     def _settle_landed(self) -> None:
         """Take in what came in by itself since the last time."""
-        for entry, failure, ago_s in self._filler.landed():
-            read_bytes = 0 if failure else self._record_bytes[entry.key.layer]
-            self.link.end(time.perf_counter() - ago_s, read_bytes)
+        for entry, failure in self._filler.landed():
             self._settle(entry, failure)
 
     def _settle(self, entry: Entry, failure: Exception | None) -> None:
@@ -385,6 +387,11 @@ class Mover:
             return  # the table was started anew meanwhile
         if failure is None:
             self.table.landed(entry)
+            if entry.then_tail:
+                entry.then_tail = False
+                self.table.upgrade(entry)
+                self._demand(entry)
+                self.start_reads()
             return
         self.table.drop(entry)
         if entry.used or not entry.guessed:

@@ -8,7 +8,7 @@ Invariant: a key is queued at most once. How many guesses there are is the mover
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from fate_moe.cache.table import Entry
 from fate_moe.types import ExpertKey
@@ -17,9 +17,9 @@ from fate_moe.types import ExpertKey
 class ReadQueue:
     """Reads that no reader has started."""
 
-    def __init__(self, record_bytes: Sequence[int]) -> None:
-        """Start empty; `record_bytes` is the size of one record of each layer, [L]."""
-        self._record_bytes = record_bytes
+    def __init__(self, bytes_of: Callable[[Entry], int]) -> None:
+        """Start empty; `bytes_of` says how much the read of an entry brings."""
+        self._bytes_of = bytes_of
         self._demands: dict[ExpertKey, Entry] = {}
         self._guesses: dict[ExpertKey, Entry] = {}
 
@@ -33,6 +33,9 @@ class ReadQueue:
     def push_guess(self, entry: Entry) -> None:
         """Queue a read that may turn out useless."""
         self._guesses[entry.key] = entry
+
+    def __contains__(self, key: ExpertKey) -> bool:
+        return key in self._demands or key in self._guesses
 
     def promote(self, key: ExpertKey) -> None:
         """Make a queued guess a demand; no effect when it is not queued."""
@@ -71,8 +74,8 @@ class ReadQueue:
 
     def _take(self, waiting: dict[ExpertKey, Entry], most_bytes: int) -> list[Entry]:
         batch: list[Entry] = []
-        for key, entry in waiting.items():
-            most_bytes -= self._record_bytes[key.layer]
+        for entry in waiting.values():
+            most_bytes -= self._bytes_of(entry)
             if batch and most_bytes < 0:
                 break
             batch.append(entry)

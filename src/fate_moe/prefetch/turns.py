@@ -64,6 +64,23 @@ class Turns:
             return spare_slots
         return int(compute_s * rate / read_bytes)
 
+    def least_chance(self, read_bytes: int) -> float:
+        """Return how likely a guess beyond the window has to be right; over 1: none is worth it."""
+        compute_s = None if self._now is None else self.compute_s[self._now.phase].value
+        rate = self._link.bytes_per_s
+        if self._window is not None or rate is None or compute_s is None:
+            return 2.0
+        return least_chance(read_bytes / rate, compute_s)
+
+
+def least_chance(read_s: float, compute_s: float) -> float:
+    """Return how likely a guess beyond the window has to be right to be worth its read.
+
+    A right one begins its read a turn, `compute_s`, earlier; a wrong one holds up the next demand
+    for as long as it is read.
+    """
+    return read_s / (read_s + min(compute_s, read_s))
+
 
 @dataclass(slots=True)
 class _Turn:

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fate_moe.cache.allocation import Regions
+from fate_moe.prefetch.turns import least_chance
+from fate_moe.prefetch.wishes import Wishes
 from fate_moe.sim.guesses import Guesser
 from fate_moe.sim.replay import MakePolicy, Replay, lease, regions_of
 from fate_moe.sim.trace import Trace
@@ -120,6 +122,7 @@ class _Run:
         self._free_s = 0.0  # when the link has finished what it has begun
         self._reads: dict[int, _Read] = {}  # guessed for the layer that comes next
         self._guess: Prediction | None = None
+        self._wishes = Wishes()
 
     def layer(self, choice: Choice, guess: Prediction | None, *, is_timed: bool) -> None:
         """Let one layer ask, compute and guess; `guess` is for the next one."""
@@ -131,6 +134,10 @@ class _Run:
         asked_for = set(choice.experts)
         kept = {e for e in reads if e in begun or e in asked_for}
         self._free_s = max([began_s, *(read.ends_s for read in begun.values())])
+        if is_timed and self._guess is not None:
+            self._wishes.sureness.learn(
+                self._guess, choice, lambda key: keys[key.expert] not in cache.resident
+            )
         cache.policy.begin(choice)
         missing = [e for e in choice.experts if keys[e] not in cache.resident and e not in kept]
         resident = lease(cache, choice, keys, kept & asked_for, self._spare)
@@ -165,15 +172,17 @@ class _Run:
         self.now_s += self._guess_s
         keys, cache = self._layers[guess.layer]
         size = self._record_bytes[guess.layer]
-        window = min(self._spare, int(self._layer_s * self._link.bytes_s / size))
-        at_s = max(self._free_s, began_s)
-        for expert in guess.ranked:
-            if len(self._reads) >= window:
-                break
-            if keys[expert] not in cache.resident:
-                ends_s = at_s + self._link.latency_s + size / self._link.bytes_s
-                self._reads[expert] = _Read(at_s, ends_s)
-                at_s = ends_s
+        read_s, at_s = self._link.latency_s + size / self._link.bytes_s, max(self._free_s, began_s)
+        window = int(self._layer_s * self._link.bytes_s / size)
+        self._wishes.open(window, least_chance(read_s, self._layer_s))
+        self._wishes.add(guess)
+        while len(self._reads) < self._spare and (key := self._wishes.first()) is not None:
+            if keys[key.expert] not in cache.resident:
+                self._reads[key.expert] = _Read(at_s, at_s + read_s)
+                at_s += read_s
+                self._wishes.spend()
+            self._wishes.pop()
+        self._wishes.clear()
 
     def _count(
         self, choice: Choice, resident: int, begun: dict[int, _Read], kept: set[int], size: int

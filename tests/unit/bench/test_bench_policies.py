@@ -88,7 +88,7 @@ def test_reads_in_the_background_share_the_link_and_can_be_withdrawn_until_their
     for key in keys[:-1]:
         reader.read_into(key, memoryview(plain))
         assert buffers[key] == plain
-    slow.start([Request(keys[0], buffers[keys[0]])])
+    slow.start([Request(key, buffers[key]) for key in keys])
     slow.forget()
     assert not slow.wait(0.01)
     slow.close()
@@ -129,6 +129,13 @@ def test_the_counts_are_those_of_decoding(rows: list[Row]) -> None:
             assert found[policy, link].guessing != "nothing is guessed"
     # What demand moves does not depend on the link.
     assert found["demand", None].bytes_token == found["demand", 2e6].bytes_token
+    for row in rows:
+        if row.policy == BOUND:
+            assert row.bytes_prompt is None
+        else:
+            assert row.bytes_prompt is not None
+            assert row.bytes_prompt > 0
+            assert row.bytes_token > 0
 
 
 def test_nobody_passes_the_bound(rows: list[Row]) -> None:
@@ -161,6 +168,11 @@ def test_too_few_prompts_are_one_line(tiny_store: Path) -> None:
 def test_a_policy_with_settings_changed() -> None:
     assert parse_policy("tuned") == ("tuned", {})
     assert parse_policy("fate+cache=lru+window=9") == ("fate", {"cache": "lru", "window": 9})
+    hybrid = {"int2": "tail", "int2_share": 0.25}
+    assert parse_policy("demand+int2_share=25%") == ("demand", hybrid)
+    for wrong in ("5MiB", "300%", "some"):
+        with pytest.raises(ConfigError, match="int2_share"):
+            parse_policy(f"tuned+int2_share={wrong}")
     for name in ABLATION:
         assert parse_policy(name)[0] in ("demand", "tuned", "fate")
 

@@ -36,6 +36,14 @@ def refused(result: Result, message: str) -> None:
     assert re.search(message, lines[0]), lines[0]
 
 
+def test_prompts_in_two_bits_are_asked_for_and_named(store: str) -> None:
+    result = fate("generate", store, "-p", "hello", "-n", "3", "--int2-share", "30%", "--json")
+    assert result.exit_code == 0
+    assert "at most 30% of the routed tokens" in json.loads(result.stdout)["mode"]
+    for wrong in ("6MiB", "120%", "much"):
+        refused(fate("generate", store, "-p", "x", "--int2-share", wrong), "int2-share: ")
+
+
 @pytest.fixture
 def store(tiny_store: Path) -> str:
     return str(tiny_store)

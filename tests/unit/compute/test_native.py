@@ -73,10 +73,8 @@ def records(layout: RecordLayout, count: int) -> list[Tensor]:
 class Both:
     """The same experts by both paths."""
 
-    def __init__(self, layout: RecordLayout, form: GateForm, experts: int, low: bool = False):
+    def __init__(self, layout: RecordLayout, form: GateForm, experts: int):
         self.slots = records(layout, experts)
-        low_experts = (lambda ids: frozenset(range(1, experts))) if low else lambda ids: frozenset()
-
         groups = {matrix.name: matrix.group for matrix in layout.matrices}
         up = "gate_up_proj" if form.gated else "up_proj"
 
@@ -94,12 +92,11 @@ class Both:
                 math,  # type: ignore[arg-type]
                 lambda slot: self.slots[slot],
                 lambda record, dtype: decode_int2(layout, record, dtype),
-                low_experts,
             )
 
         self.eager, self.rounded = eager(False), eager(True)
         self.native = NativeExperts(
-            layout, form, lambda slot: self.slots[slot].data_ptr(), core().Step(), low_experts
+            layout, form, lambda slot: self.slots[slot].data_ptr(), core().Step()
         )
 
 
@@ -110,8 +107,9 @@ def routing(tokens: int, experts: int, k: int) -> tuple[Tensor, Tensor]:
     return ids, weights
 
 
-def arrivals(ids: Tensor) -> list[list[tuple[int, int]]]:
-    return [[(expert, expert) for expert in ids.unique().tolist()]]
+def arrivals(ids: Tensor, low: bool = False) -> list[list[tuple[int, int, bool]]]:
+    """All but expert 0 from their heads if `low`."""
+    return [[(expert, expert, low and expert > 0) for expert in ids.unique().tolist()]]
 
 
 def error(have: Tensor, want: Tensor) -> float:
@@ -124,12 +122,12 @@ def in_eight_bits(x: Tensor, group: int) -> Tensor:
     return ((grouped / step).round() * step).view_as(x)
 
 
-def check(both: Both, hidden: int, tokens: int, experts: int, k: int) -> None:
+def check(both: Both, hidden: int, tokens: int, experts: int, k: int, low: bool = False) -> None:
     ids, weights = routing(tokens, experts, k)
-    x = torch.randn(tokens, hidden)
-    have = both.native(x, ids, weights, arrivals(ids))
-    assert error(have, both.eager(x, ids, weights, arrivals(ids))) < BOUND
-    assert error(have, both.rounded(x, ids, weights, arrivals(ids))) < SAME_ROUNDING
+    x, arriving = torch.randn(tokens, hidden), arrivals(ids, low)
+    have = both.native(x, ids, weights, arriving)
+    assert error(have, both.eager(x, ids, weights, arriving)) < BOUND
+    assert error(have, both.rounded(x, ids, weights, arriving)) < SAME_ROUNDING
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 5, 33, 512])
@@ -158,14 +156,13 @@ def test_every_activation(form: GateForm) -> None:
 
 @pytest.mark.parametrize(("hidden", "inner"), [(128, 64), (160, 96)])
 def test_two_bits_from_the_head(hidden: int, inner: int) -> None:
-    both = Both(layout_of(hidden, inner), PLAIN, 6, low=True)
+    both = Both(layout_of(hidden, inner), PLAIN, 6)
     for tokens in (1, 11):
-        check(both, hidden, tokens, 6, 3)
+        check(both, hidden, tokens, 6, 3, low=True)
     ids, weights = routing(5, 6, 3)
     x = torch.randn(5, hidden)
-    four = Both(layout_of(hidden, inner), PLAIN, 6)
-    two = both.native(x, ids, weights, arrivals(ids))
-    assert error(two, four.native(x, ids, weights, arrivals(ids))) > 0.1
+    two = both.native(x, ids, weights, arrivals(ids, low=True))
+    assert error(two, both.native(x, ids, weights, arrivals(ids))) > 0.1
 
 
 def test_order_and_pieces_of_arrival_do_not_show() -> None:
@@ -210,8 +207,8 @@ def test_an_id_beyond_the_experts_means_none() -> None:
     both = Both(layout_of(64, 64), PLAIN, 4)
     x = torch.randn(1, 64)
     weights = torch.tensor([[0.6, 0.4]])
-    alone = both.native(x, torch.tensor([[2]]), weights[:, :1], [[(2, 2)]])
-    assert torch.equal(both.native(x, torch.tensor([[2, 4]]), weights, [[(2, 2)]]), alone)
+    alone = both.native(x, torch.tensor([[2]]), weights[:, :1], [[(2, 2, False)]])
+    assert torch.equal(both.native(x, torch.tensor([[2, 4]]), weights, [[(2, 2, False)]]), alone)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

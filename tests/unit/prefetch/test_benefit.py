@@ -1,10 +1,11 @@
 """Guessing goes on where it pays and stops where it does not."""
 
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 
-from fate_moe.prefetch.benefit import LONG_STEPS, TRIAL_STEPS, Benefit
+from fate_moe.prefetch.benefit import FIRST_LONG_STEPS, LONG_STEPS, TRIAL_STEPS, Benefit
 
 
 def run(benefit: Benefit, cost: dict[int, float], steps: int) -> Counter[int]:
@@ -52,8 +53,26 @@ def test_the_first_step_of_a_block_and_odd_ones_do_not_count() -> None:
             benefit.end_step(slow + (1.0 if block == 1 else 2.0))
     assert benefit._seconds == [1.0, 2.0]
     assert benefit.level == 0
-    run(benefit, {0: 1.0, 1: 2.0}, LONG_STEPS)
+    run(benefit, {0: 1.0, 1: 2.0}, FIRST_LONG_STEPS)
     assert benefit.level == 1  # and is tried again
+
+
+def test_it_tries_again_soon_at_first_and_then_less_often() -> None:
+    benefit, tried = Benefit(2), []
+    for step in range(1000):
+        if benefit.level == 1:
+            tried.append(step)
+        benefit.end_step({0: 1.0, 1: 2.0}[benefit.level])
+    pauses = [b - a - 1 for a, b in pairwise(tried) if b - a > 1]
+    assert pauses[:4] == [TRIAL_STEPS, FIRST_LONG_STEPS, 2 * FIRST_LONG_STEPS, LONG_STEPS]
+    assert set(pauses[3:]) == {LONG_STEPS}
+
+
+def test_what_was_measured_last_counts_most() -> None:
+    benefit = Benefit(2)
+    run(benefit, {0: 1.0, 1: 1.2}, 3 * TRIAL_STEPS + FIRST_LONG_STEPS)
+    run(benefit, {0: 1.0, 1: 0.8}, TRIAL_STEPS)  # by now it has learned
+    assert benefit.level == 1
 
 
 def test_without_a_predictor_there_is_nothing_to_choose() -> None:

@@ -36,7 +36,7 @@ class Bench:
         order = []
         with self.mover.lease(Choice(layer, experts)) as arriving:
             self.mover.speculate(guess)
-            for expert, slot in chain.from_iterable(arriving):
+            for expert, slot, _ in chain.from_iterable(arriving):
                 assert set(self.view(slot)) == {10 * layer + expert}
                 order.append(expert)
         self.mover.table.check()
@@ -114,7 +114,7 @@ def test_a_guess_in_flight_counts_as_late(bench: Callable[..., Bench]) -> None:
     lease = b.mover.lease(Choice(1, [4]))
     b.reader.gate.set()
     with lease as arriving:
-        assert [expert for expert, _ in chain.from_iterable(arriving)] == [4]
+        assert [expert for expert, *_ in chain.from_iterable(arriving)] == [4]
     counts = b.mover.telemetry.total(layer=1)
     assert (counts.hits, counts.late, counts.misses) == (0, 1, 0)
 
@@ -132,7 +132,7 @@ def test_a_read_that_had_to_wait_for_a_slot_wakes_the_readers(
     b.settle()
     time.sleep(0.05)  # the slot can be had, and both readers sleep
     with lease as arriving:
-        assert [expert for expert, _ in chain.from_iterable(arriving)] == [3]
+        assert [expert for expert, *_ in chain.from_iterable(arriving)] == [3]
 
 
 def test_stale_guesses_are_cancelled_before_they_cost_a_byte(bench: Callable[..., Bench]) -> None:
@@ -144,7 +144,7 @@ def test_stale_guesses_are_cancelled_before_they_cost_a_byte(bench: Callable[...
     lease = b.mover.lease(Choice(1, [5]))
     b.reader.gate.set()
     with lease as arriving:
-        assert [expert for expert, _ in chain.from_iterable(arriving)] == [5]
+        assert [expert for expert, *_ in chain.from_iterable(arriving)] == [5]
     b.settle()
     assert {k.expert for k in b.reader.reads if k.layer == 1} == {1, 2, 5}
     t = b.mover.telemetry
@@ -312,7 +312,7 @@ def test_a_failure_of_an_ended_lease_does_not_fail_the_next(bench: Callable[...,
     lease = b.mover.lease(Choice(1, [3, 4]))
     b.reader.gate.set()
     with lease as arriving:
-        assert sorted(expert for expert, _ in chain.from_iterable(arriving)) == [3, 4]
+        assert sorted(expert for expert, *_ in chain.from_iterable(arriving)) == [3, 4]
     assert all(entry.locks == 0 for entry in b.mover.table.entries())
 
 
@@ -406,7 +406,7 @@ def test_a_second_guess_takes_the_first_ones_place(bench: Callable[..., Bench]) 
     b.reader.gate.clear()
     b.mover.speculate(guess(1, 4, 5, 6, 7))
     deadline = time.monotonic() + 5
-    while b.mover._reading < 2:  # both readers have begun, two reads wait
+    while b.mover._readers.reading < 2:  # both readers have begun, two reads wait
         assert time.monotonic() < deadline
         time.sleep(0.001)
     assert b.mover.telemetry.guesses == 4
@@ -465,7 +465,7 @@ def test_what_a_second_guess_drops_it_may_read_in_its_place(bench: Callable[...,
     b.reader.gate.clear()
     b.mover.speculate(guess(1, 4, 5, 6, 7))
     deadline = time.monotonic() + 5
-    while b.mover._reading < 2:
+    while b.mover._readers.reading < 2:
         assert time.monotonic() < deadline
         time.sleep(0.001)
     b.mover.speculate(guess(1, 8, 9))  # 6 was queued and goes: there is room for one

@@ -87,9 +87,9 @@ class Bench:
         with self.mover.lease(Choice(layer, experts, tokens)) as arriving:
             self.mover.speculate(ahead)
             for piece in arriving:
-                for expert, slot in piece:
+                for expert, slot, _ in piece:
                     assert set(self.view(slot)) == {10 * layer + expert}
-                pieces.append([expert for expert, _ in piece])
+                pieces.append([expert for expert, *_ in piece])
         with self.mover.section:
             self.mover.table.check()
         assert all(entry.locks == 0 for entry in self.mover.table.entries())
@@ -111,9 +111,9 @@ def test_misses_come_in_by_themselves_while_residents_compute(bench: Bench) -> N
     reads = []
     with bench.mover.lease(Choice(0, [1, 2, 3, 5], 1)) as arriving:
         pieces = iter(arriving)
-        assert [expert for expert, _ in next(pieces)] == [5]
+        assert [expert for expert, *_ in next(pieces)] == [5]
         reads = [request.key.expert for request in bench.reader.begun + bench.reader.waiting]
-        assert [[expert for expert, _ in piece] for piece in pieces] == [[1, 2], [3]]
+        assert [[expert for expert, *_ in piece] for piece in pieces] == [[1, 2], [3]]
     assert reads == [1, 2, 3]
     link = bench.mover.link
     assert (link.active, link.bytes) == (0, 4 * RECORD)
@@ -202,7 +202,7 @@ def test_reset_takes_back_guesses_and_leaves_demands(bench: Bench) -> None:
     with bench.mover.lease(Choice(0, [1, 2, 3], 1)) as arriving:
         bench.mover.speculate(guess(1, 1))
         bench.mover.reset()
-        assert sorted(e for piece in arriving for e, _ in piece) == [1, 2, 3]
+        assert sorted(e for piece in arriving for e, *_ in piece) == [1, 2, 3]
     assert bench.reader.withdrawn == [(1, 1)]
 
 

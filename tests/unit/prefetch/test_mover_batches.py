@@ -80,9 +80,9 @@ class Bench:
         ) as arriving:
             self.mover.speculate(guess)
             for piece in arriving:
-                for expert, slot in piece:
+                for expert, slot, _ in piece:
                     assert set(self.view(slot)) == {10 * layer + expert}
-                pieces.append([expert for expert, _ in piece])
+                pieces.append([expert for expert, *_ in piece])
         with self.mover.section:  # other threads may be changing it
             self.mover.table.check()
         return pieces

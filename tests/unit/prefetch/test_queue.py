@@ -17,7 +17,7 @@ def drain(queue: ReadQueue) -> list[int]:
 
 
 def test_demands_come_first_each_in_order() -> None:
-    queue = ReadQueue([10, 25])
+    queue = ReadQueue(lambda entry: (10, 25)[entry.key.layer])
     queue.push_guess(entry(1))
     queue.push_demand(entry(2))
     queue.push_guess(entry(3))
@@ -27,7 +27,7 @@ def test_demands_come_first_each_in_order() -> None:
 
 
 def test_a_promoted_guess_is_a_demand() -> None:
-    queue = ReadQueue([10, 25])
+    queue = ReadQueue(lambda entry: (10, 25)[entry.key.layer])
     queue.push_guess(entry(1))
     queue.push_guess(entry(2))
     queue.promote(ExpertKey(0, 2))
@@ -36,7 +36,7 @@ def test_a_promoted_guess_is_a_demand() -> None:
 
 
 def test_cancelled_guesses_are_handed_back() -> None:
-    queue = ReadQueue([10, 25])
+    queue = ReadQueue(lambda entry: (10, 25)[entry.key.layer])
     for expert in (1, 2, 3):
         queue.push_guess(entry(expert))
     gone = queue.cancel(lambda key: key.expert != 2)
@@ -45,7 +45,7 @@ def test_cancelled_guesses_are_handed_back() -> None:
 
 
 def test_only_a_queued_demand_can_be_withdrawn() -> None:
-    queue = ReadQueue([10, 25])
+    queue = ReadQueue(lambda entry: (10, 25)[entry.key.layer])
     item = entry(1)
     queue.push_demand(item)
     assert queue.withdraw(ExpertKey(0, 1)) is item
@@ -54,7 +54,7 @@ def test_only_a_queued_demand_can_be_withdrawn() -> None:
 
 
 def test_small_reads_are_taken_together() -> None:
-    queue = ReadQueue([10, 25])
+    queue = ReadQueue(lambda entry: (10, 25)[entry.key.layer])
     for expert in (1, 2, 3):
         queue.push_demand(entry(expert))
     queue.push_demand(entry(4, layer=1))
@@ -65,7 +65,7 @@ def test_small_reads_are_taken_together() -> None:
 
 
 def test_a_batch_holds_demands_or_guesses() -> None:
-    queue = ReadQueue([10, 25])
+    queue = ReadQueue(lambda entry: (10, 25)[entry.key.layer])
     queue.push_guess(entry(1))
     queue.push_guess(entry(2))
     queue.push_demand(entry(3))

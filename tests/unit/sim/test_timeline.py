@@ -99,6 +99,24 @@ def test_a_guess_that_has_not_begun_is_dropped_or_becomes_a_demand() -> None:
     assert (timed.found.guesses, timed.found.bytes_speculated) == (1, MB)
 
 
+def test_sure_guesses_go_beyond_the_window_and_others_do_not() -> None:
+    found = {}
+    for right in (True, False):
+        steps = []
+        for number in range(40):
+            asked = number % 8
+            named = asked if right else (asked + 4) % 8
+            steps.append(Step([Choice(0, [0]), Choice(1, [asked])], guessed(named)))
+        # A read takes 1 s, a layer 0.5 s: the window has room for none.
+        timed = run(
+            steps, Link(MB, token_s=1.0), capacities=(8, 1), predictor="cross_layer"
+        )  # fmt: skip
+        found[right] = timed.found.guesses
+        if right:
+            assert timed.found.guesses_used == timed.found.guesses > 30
+    assert found[False] == 0
+
+
 def test_guesses_keep_to_the_window_and_the_spare_slots() -> None:
     steps = [Step([Choice(0, [0]), Choice(1, [7])], guessed(1, 2, 3, 4, 5, 6))]
     fast = Link(400 * MB, token_s=0.5)

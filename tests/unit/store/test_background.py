@@ -116,7 +116,7 @@ def test_what_is_withdrawn_is_not_reported(reader: FileReader) -> None:
 
 def test_nothing_is_written_or_reported_after_forget(reader: FileReader) -> None:
     requests = requests_for(reader, KEYS)
-    reader.start(requests)
+    reader.start([*requests, Request(ExpertKey(9, 0), slot(8192))])
     reader.forget()
     before = [bytes(request.buffer) for request in requests]
     time.sleep(0.01)

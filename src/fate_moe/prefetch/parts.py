@@ -1,0 +1,44 @@
+"""Which bytes of a record does a read bring?
+
+All of it, its INT2 head, or the tail that makes a head whole. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fate_moe.cache.table import Entry, Part
+from fate_moe.store.reader import Request
+
+
+class Parts:
+    """Sizes of the records of each layer, and of their heads."""
+
+    def __init__(self, record_bytes: Sequence[int], head_bytes: Sequence[int] = ()) -> None:
+        """Take the sizes over.
+
+        Args:
+            record_bytes: of one record of each layer, [L].
+            head_bytes: of what a read of its head brings, [L]; empty where there are no heads.
+        """
+        self.record_bytes = tuple(record_bytes)
+        self._head_bytes = tuple(head_bytes) or self.record_bytes
+
+    def bytes(self, entry: Entry) -> int:
+        """Return how many bytes are on their way to an entry, or are there."""
+        layer = entry.key.layer
+        if entry.part is Part.WHOLE:
+            return self.record_bytes[layer]
+        head = self._head_bytes[layer]
+        return head if entry.part is Part.HEAD else self.record_bytes[layer] - head
+
+    def of(self, layer: int, low: bool) -> Part:
+        """Say what to read of a record of which nothing is there."""
+        has_head = self._head_bytes[layer] < self.record_bytes[layer]
+        return Part.HEAD if low and has_head else Part.WHOLE
+
+    def request(self, entry: Entry, slot: memoryview) -> Request:
+        """Describe the read that fills an entry's slot."""
+        length = self.bytes(entry)
+        start = self._head_bytes[entry.key.layer] if entry.part is Part.TAIL else 0
+        return Request(entry.key, slot[start : start + length], start, length)
