@@ -15,7 +15,7 @@ from typing import Any
 
 from fate_moe.bench.evaluate import Evaluation, Reference, Tasks, evaluate
 from fate_moe.bench.likelihood import SCORED_TOKENS
-from fate_moe.config import DEFAULT_POLICY, Config, make_config
+from fate_moe.config import DEFAULT_POLICY, Config, make_config, parse_size
 from fate_moe.engine.build import build
 from fate_moe.engine.prepare import find_store, give_memory_back
 from fate_moe.errors import ConfigError, StoreError
@@ -32,12 +32,14 @@ class Setting:
         bits: of the store; None = whatever the store has.
         fitted: scales fitted (True) or plain min-max.
         int2: which experts are computed from two bits.
+        int2_share: most tokens of a prompt that the tail of them takes.
         says: what the table's reader should know.
     """
 
     bits: int | None
     fitted: bool = True
     int2: str = "never"
+    int2_share: float = 0.25
     says: str = ""
 
 
@@ -72,6 +74,24 @@ class Models:
     settings: Mapping[str, object] | None = None
 
 
+def setting_of(name: str) -> Setting:
+    """Return the setting of a name; `hybrid@10%` is hybrid with that share of the tokens.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    base, _, text = name.partition("@")
+    if name in SETTINGS:
+        return SETTINGS[name]
+    if base != "hybrid":
+        raise ConfigError(f"compare: {name!r:.40} is none of {', '.join(SETTINGS)}")
+    share = parse_size(text, f"compare: {name!r:.40}").share
+    if share is None:
+        raise ConfigError(f"compare: {name!r:.40}: need a share such as hybrid@10%")
+    says = f"in prefill the least popular experts, up to {share:.0%} of the tokens, in 2 bits"
+    return replace(SETTINGS["hybrid"], int2_share=share, says=says)
+
+
 def check_names(names: Sequence[str]) -> None:
     """Check names of settings.
 
@@ -79,8 +99,7 @@ def check_names(names: Sequence[str]) -> None:
         ConfigError: one is unknown, or stands twice, or there is none.
     """
     for name in names:
-        if name not in SETTINGS:
-            raise ConfigError(f"compare: {name!r} is none of {', '.join(SETTINGS)}")
+        setting_of(name)
     if not names or len(set(names)) != len(names):
         raise ConfigError(f"compare: need different names out of {', '.join(SETTINGS)}")
 
@@ -105,7 +124,7 @@ def compare(
             is_first = name == ORIGINAL
             found[name] = run_one(
                 models,
-                SETTINGS[name],
+                setting_of(name),
                 wanted,
                 against=None if is_first else reference,
                 keep=reference if is_first else None,
@@ -136,7 +155,7 @@ def evaluate_one(
         run_one(
             replace(models, model=name),
             AS_STORED if is_stored else SETTINGS[ORIGINAL],
-            Tasks(wanted.text, wanted.sequence_tokens, wanted.most_tokens),
+            Tasks(wanted.text, wanted.sequence_tokens, wanted.most_tokens, wanted.written_tokens),
             against=None,
             keep=reference,
             progress=_prefixed(progress, "reference"),
@@ -172,7 +191,12 @@ def run_one(
     """Load a model with one setting, evaluate it, and give everything back."""
     config = make_config(
         models.policy,
-        **{"int2": setting.int2, "scored_tokens": SCORED_TOKENS, **(models.settings or {})},
+        **{
+            "int2": setting.int2,
+            "int2_share": setting.int2_share,
+            "scored_tokens": SCORED_TOKENS,
+            **(models.settings or {}),
+        },
     )
     store = find_store(
         models.model,

@@ -29,6 +29,8 @@ class Tasks:
         text: for perplexity and for comparing with a reference; None = neither.
         sequence_tokens: length of the independent sequences that the text is cut into.
         most_tokens: of the text, evenly spread; None = all.
+        written_tokens: the last tokens of each sequence, one by one after the others were read as a
+            prompt, are all that counts; 0 = everything is read and counts.
         questions: sets of questions by name.
         json_prompts: chat prompts that ask for JSON.
     """
@@ -36,6 +38,7 @@ class Tasks:
     text: str | None = None
     sequence_tokens: int = 512
     most_tokens: int | None = None
+    written_tokens: int = 0
     questions: Mapping[str, Questions] = field(default_factory=dict)
     json_prompts: Sequence[str] = ()
 
@@ -172,6 +175,7 @@ def evaluate(
             rows,
             lambda done: progress("reading the text", done, total),
             lambda hidden: _note(hidden, keep, comparison),
+            wanted.written_tokens,
         )
         if comparison is not None:
             kl, top1 = comparison.means

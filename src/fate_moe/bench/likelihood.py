@@ -42,10 +42,7 @@ class Likelihood:
             ConfigError: longer than the context.
         """
         if len(ids) > self._context_tokens:
-            raise ConfigError(
-                f"a sequence of {len(ids)} tokens, the context takes {self._context_tokens}; "
-                "shorten it or raise --context"
-            )
+            raise self._too_long(ids)
         past = None if len(ids) <= PREFILL_CHUNK_TOKENS else new_cache(self._model)
         if past is None:  # short, or of a family that reads everything in one piece
             return self.halves.hidden(torch.tensor([list(ids)]))[0]
@@ -57,6 +54,36 @@ class Likelihood:
                 whole = found.new_empty(len(ids), found.shape[1])
             whole[start : start + len(found)] = found
         return whole
+
+    def continued(self, ids: Sequence[int], written: int) -> Tensor:
+        """Return the hidden states that predict the last `written` tokens, and the last one's.
+
+        What comes before them is read as a prompt, they follow one by one, as in an answer.
+
+        Returns:
+            [written + 1, D].
+        Raises:
+            ConfigError: longer than the context, or nothing comes before them.
+        """
+        if not 0 < written < len(ids):
+            raise ConfigError(
+                f"continuation: have {written} tokens of a sequence of {len(ids)}, need at least "
+                "one before them"
+            )
+        if len(ids) > self._context_tokens:
+            raise self._too_long(ids)
+        past, split = new_cache(self._model), len(ids) - written
+        for start in range(0, split, PREFILL_CHUNK_TOKENS):
+            piece = torch.tensor([list(ids[start : min(start + PREFILL_CHUNK_TOKENS, split)])])
+            last = self.halves.hidden(piece, past)[0, -1:]
+        ones = [self.halves.hidden(torch.tensor([[one]]), past)[0] for one in ids[split:]]
+        return torch.cat([last, *ones])
+
+    def _too_long(self, ids: Sequence[int]) -> ConfigError:
+        return ConfigError(
+            f"a sequence of {len(ids)} tokens, the context takes {self._context_tokens}; "
+            "shorten it or raise --context"
+        )
 
     def hidden_of_many(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:
         """As `hidden`, for several short sequences in one step: [T_i, D] each.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from fate_moe.bench.compare import ORIGINAL, SETTINGS
+from fate_moe.bench.compare import ORIGINAL, setting_of
 from fate_moe.bench.evaluate import Evaluation
 from fate_moe.errors import ConfigError
 
@@ -23,7 +23,7 @@ def markdown(found: Evaluations) -> str:
     lines.append("|---" * (len(columns) + 2) + "|")
     for name, one in found.items():
         cells = [_text(value(one), title) for title, value in columns]
-        says = SETTINGS[name].says if name in SETTINGS else ""
+        says = setting_of(name).says
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {says} |")
     return "\n".join(lines) + "\n"
 

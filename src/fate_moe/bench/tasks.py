@@ -83,17 +83,20 @@ def perplexity(
     rows: Sequence[Sequence[int]],
     step: Step,
     on_hidden: Callable[[Tensor], None] = lambda hidden: None,
+    written: int = 0,
 ) -> Perplexity:
     """Measure perplexity over independent sequences.
 
     Args:
-        on_hidden: receives each sequence's hidden states [T, D], in order.
+        on_hidden: receives each sequence's hidden states [T, D], in order; T = 1 + `written` where
+            that is given.
+        written: only the last tokens of each count, which follow the others one by one; 0 = all.
     """
     total, tokens, done = 0.0, 0, 0
     for row in rows:
-        hidden = likelihood.hidden(row)
+        hidden = likelihood.continued(row, written) if written else likelihood.hidden(row)
         on_hidden(hidden)
-        found, _ = likelihood.of_tokens(hidden, row, 1)
+        found, _ = likelihood.of_tokens(hidden, row[-len(hidden) :], 1)
         total -= found.double().sum().item()
         tokens += len(found)
         done += len(row)

@@ -35,7 +35,7 @@ class Part(Enum):
     WHOLE = "whole"
     HEAD = "head"
     """The INT2 expert."""
-    TAIL = "tail"
+    REST = "rest"
     """What makes a head whole; the head is there."""
 
 
@@ -52,7 +52,7 @@ class Entry:
         guessed: read because of a guess; stays true after the router confirmed it.
         used: the router asked for it at least once.
         part: what is there of the record if resident, else what is on its way.
-        then_tail: a head on its way is not enough; the rest is read next.
+        then_rest: a head on its way is not enough; the rest is read next.
     """
 
     key: ExpertKey
@@ -63,7 +63,7 @@ class Entry:
     guessed: bool = False
     used: bool = False
     part: Part = Part.WHOLE
-    then_tail: bool = False
+    then_rest: bool = False
 
 
 class ExpertTable:
@@ -184,17 +184,17 @@ class ExpertTable:
     def landed(self, entry: Entry) -> None:
         """Note that what was on its way to an entry is there."""
         entry.resident = True
-        if entry.part is Part.TAIL:
+        if entry.part is Part.REST:
             entry.part = Part.WHOLE
         self._drop_homeless(entry)
 
     def upgrade(self, entry: Entry) -> None:
-        """Note that the tail is being read of an entry whose head is there."""
-        entry.resident, entry.part = False, Part.TAIL
+        """Note that the rest is being read of an entry whose head is there."""
+        entry.resident, entry.part = False, Part.REST
 
     def give_back(self, entry: Entry) -> None:
         """Note that a read was taken back before it began: what was there is there."""
-        if entry.part is Part.TAIL:
+        if entry.part is Part.REST:
             entry.resident, entry.part = True, Part.HEAD
             self._drop_homeless(entry)
         else:

@@ -50,6 +50,14 @@ Sequence = Annotated[
         help="The text is cut into independent sequences of this many tokens.",
     ),
 ]  # fmt: skip
+Continuation = Annotated[
+    int,
+    typer.Option(
+        metavar="N", rich_help_panel=MEASURES,
+        help="Only the last N tokens of each sequence count, written one by one after the others "
+        "were read as a prompt: what a prompt in two bits does to its answer. Default: all count.",
+    ),
+]  # fmt: skip
 QuestionFiles = Annotated[
     list[Path] | None,
     typer.Option(
@@ -84,7 +92,8 @@ Compare = Annotated[
     typer.Option(
         metavar="LIST", rich_help_panel=MEASURES,
         help="Settings side by side, against the original: int8, int4, int4-minmax (plain scales), "
-        "int2 (the high bits of int4), hybrid (in prefill the least popular experts in int2). "
+        "int2 (the high bits of int4), hybrid (in prefill the least popular experts in int2), "
+        "hybrid@10% (up to that share of the tokens). "
         "Stores of 8 and 16 bits are made in the cache folder.",
     ),
 ]  # fmt: skip
@@ -104,6 +113,7 @@ def evaluate(
     text: Text = None,
     tokens: Tokens = None,
     sequence: Sequence = 512,
+    continuation: Continuation = 0,
     questions: QuestionFiles = None,
     limit: Limit = None,
     json_prompts: JsonPrompts = False,
@@ -132,6 +142,8 @@ def evaluate(
         fate eval smolmoe --questions arc_easy.jsonl --questions piqa.jsonl --limit 200
 
         fate eval smolmoe --compare int8,int4,int2,hybrid --out fate-eval
+
+        fate eval smolmoe --compare int4,hybrid@10%,hybrid@50% --continuation 64 --json-prompts
     """
     if compare is not None and against is not None:
         raise ConfigError("against: --compare has its own reference, the original; leave it out")
@@ -144,7 +156,7 @@ def evaluate(
         if names is not None:
             check_names(names)
             _check_out(out)
-        wanted = _tasks(text, tokens, sequence, questions, limit, json_prompts)
+        wanted = _tasks(text, tokens, sequence, continuation, questions, limit, json_prompts)
         settings = {
             "ram": ram, "experts": experts, "context_tokens": context,
             "compute": compute, "dtype": dtype,
@@ -165,6 +177,7 @@ def _tasks(
     text: Path | None,
     tokens: int | None,
     sequence: int,
+    continuation: int,
     questions: list[Path] | None,
     limit: int | None,
     json_prompts: bool,
@@ -179,6 +192,10 @@ def _tasks(
     ):
         if value is not None and value < least:
             raise ConfigError(f"{name}: have {value}, need {least} or more")
+    if not 0 <= continuation < sequence:
+        raise ConfigError(
+            f"continuation: have {continuation}, need 0 to {sequence - 1} of a sequence"
+        )
     files = questions or []
     names = [path.name.removesuffix(".jsonl") for path in files]
     if len(set(names)) < len(names):
@@ -188,6 +205,7 @@ def _tasks(
         text=(read_text(text) if text is not None else own_text()) if wants_text else None,
         sequence_tokens=sequence,
         most_tokens=tokens,
+        written_tokens=continuation,
         questions={
             name: read_questions(path, limit) for name, path in zip(names, files, strict=True)
         },

@@ -266,14 +266,14 @@ class Mover:
                 entry.part = Part.WHOLE
                 self.telemetry.bytes_speculated += self._parts.bytes(entry) - head_bytes
             else:
-                entry.then_tail = True
+                entry.then_rest = True
 
     def abandon(self, entry: Entry) -> None:
         """End a lease on an expert that was not computed; an unstarted read is withdrawn."""
         if (self._queue.withdraw(entry.key) or self._filler.withdraw(entry.key)) is None:
-            entry.then_tail = False
+            entry.then_rest = False
             self.table.unlock(entry)
-        elif entry.guessed and entry.part is not Part.TAIL:
+        elif entry.guessed and entry.part is not Part.REST:
             self.telemetry.guesses_used -= 1
             self._take_back_guess(entry)
         else:
@@ -387,8 +387,8 @@ class Mover:
             return  # the table was started anew meanwhile
         if failure is None:
             self.table.landed(entry)
-            if entry.then_tail:
-                entry.then_tail = False
+            if entry.then_rest:
+                entry.then_rest = False
                 self.table.upgrade(entry)
                 self._demand(entry)
                 self.start_reads()

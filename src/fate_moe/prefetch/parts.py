@@ -1,6 +1,6 @@
 """Which bytes of a record does a read bring?
 
-All of it, its INT2 head, or the tail that makes a head whole. Pure.
+All of it, its INT2 head, or the rest, which makes a head whole. Pure.
 """
 
 from __future__ import annotations
@@ -40,5 +40,5 @@ class Parts:
     def request(self, entry: Entry, slot: memoryview) -> Request:
         """Describe the read that fills an entry's slot."""
         length = self.bytes(entry)
-        start = self._head_bytes[entry.key.layer] if entry.part is Part.TAIL else 0
+        start = self._head_bytes[entry.key.layer] if entry.part is Part.REST else 0
         return Request(entry.key, slot[start : start + length], start, length)

@@ -8,10 +8,11 @@ import pytest
 
 from fate_moe.bench import compare as module
 from fate_moe.bench import present
-from fate_moe.bench.compare import SETTINGS, Models, compare, evaluate_one
+from fate_moe.bench.compare import SETTINGS, Models, check_names, compare, evaluate_one
 from fate_moe.bench.evaluate import Evaluation, Tasks
 from fate_moe.bench.likelihood import SCORED_TOKENS
 from fate_moe.config import Config
+from fate_moe.errors import ConfigError
 from fate_moe.types import no_progress
 
 WANTED = Tasks(text="The harbour at the end of the road. " * 8, sequence_tokens=64)
@@ -35,6 +36,34 @@ def test_the_plan_knows_how_many_scores_are_held(
     monkeypatch.setattr(module, "build", spy)
     evaluate_one(models, WANTED, None, tmp_path, no_progress)
     assert [config.limits.scored_tokens for config in seen] == [SCORED_TOKENS]
+
+
+def test_shares_of_a_hybrid_are_settings_of_their_own(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Config] = []
+    build: Any = module.build
+
+    def spy(store: Path, config: Config, **rest: Any) -> Any:
+        seen.append(config)
+        return build(store, config, **rest)
+
+    monkeypatch.setattr(module, "build", spy)
+    found = compare(
+        models, ["hybrid@0%", "hybrid@90%"], replace(WANTED, written_tokens=8), no_progress
+    )
+    assert [c.compute.int2_share for c in seen[1:]] == [0.0, 0.9]
+    assert [c.compute.int2 for c in seen] == ["never", "tail", "tail"]
+    tokens = found["original"].tokens
+    assert tokens == found["hybrid@90%"].tokens
+    assert tokens is not None
+    assert tokens > 0
+    assert tokens % 8 == 0
+    assert found["hybrid@90%"].kl != found["hybrid@0%"].kl
+    assert "up to 90% of the tokens" in present.markdown(found)
+    for wrong in ("hybrid@", "hybrid@5MiB", "hybrid@200%", "int4@10%"):
+        with pytest.raises(ConfigError, match="compare: "):
+            check_names([wrong])
 
 
 def test_progress_names_the_setting(models: Models) -> None:

@@ -111,6 +111,37 @@ def test_long_sequences_go_through_in_pieces(
     assert lengths == [150]
 
 
+def test_a_continuation_is_written_after_its_prompt(
+    tiny_store: Path, open_engine: Open, tokenizer: Any
+) -> None:
+    ids = tasks.sequences(tokenizer, TEXT, 80, 80)[0]
+    exact = open_engine(tiny_store, experts="50%", compute="eager", scored_tokens=64)
+    whole = tasks.perplexity(Likelihood(exact.model, 512), [ids], lambda done: None)
+    kept: list[torch.Tensor] = []
+    part = tasks.perplexity(
+        Likelihood(exact.model, 512), [ids], lambda done: None, kept.append, written=20
+    )
+    assert (whole.tokens, part.tokens) == (79, 20)
+    assert kept[0].shape[0] == 21
+    scores = whole_scores(exact, list(ids))
+    want = scores[59:79].gather(1, torch.tensor(ids[60:])[:, None]).mean()
+    assert part.perplexity == pytest.approx(math.exp(-want), rel=1e-4)
+    # Only the prompt is in two bits: decoding is not, and the first prediction already differs.
+    hybrid = open_engine(
+        tiny_store, experts="50%", compute="eager", scored_tokens=64, int2="tail", int2_share=1.0
+    )
+    other: list[torch.Tensor] = []
+    tasks.perplexity(
+        Likelihood(hybrid.model, 512), [ids], lambda done: None, other.append, written=20
+    )
+    assert not torch.equal(other[0][0], kept[0][0])
+    for written in (0, 80):
+        with pytest.raises(ConfigError, match="need at least one before them"):
+            Likelihood(exact.model, 512).continued(ids, written)
+    with pytest.raises(ConfigError, match="the context takes 64"):
+        Likelihood(exact.model, 64).continued(ids, 20)
+
+
 def test_a_sequence_beyond_the_context_is_refused(tiny_store: Path, open_engine: Open) -> None:
     small = Likelihood(open_engine(tiny_store, experts="50%").model, 64)
     with pytest.raises(ConfigError, match="a sequence of 65 tokens, the context takes 64"):

@@ -1,4 +1,4 @@
-"""Heads and tails: no more is read than needed, and what is handed over is what was asked for."""
+"""Heads and rests: no more is read than needed, and what is handed over is what was asked for."""
 
 from collections.abc import Sequence
 from itertools import chain
@@ -109,7 +109,7 @@ class Bench:
         return entry.part
 
 
-def test_a_head_is_read_alone_and_made_whole_by_its_tail() -> None:
+def test_a_head_is_read_alone_and_made_whole_by_its_rest() -> None:
     b = Bench()
     b.use(0, [1, 2], low=[2])
     assert b.parts(0, 1) == [(0, RECORD)]
@@ -128,7 +128,7 @@ def test_a_head_is_read_alone_and_made_whole_by_its_tail() -> None:
     b.mover.close()
 
 
-def test_a_guessed_head_that_is_not_enough_is_followed_by_its_tail() -> None:
+def test_a_guessed_head_that_is_not_enough_is_followed_by_its_rest() -> None:
     b = Bench()
     b.reader.gate.clear()
     guess = Prediction(1, (4, 5), 2, low=frozenset([4, 5]))
@@ -180,9 +180,9 @@ def test_a_guess_that_is_taken_back_leaves_the_head() -> None:
     assert isinstance(b.reader, BackgroundPartReader)
     b.reader.at_once = 0
     b.mover.speculate(Prediction(1, (1, 2), 2))
-    assert b.part(1, 1) is Part.TAIL
+    assert b.part(1, 1) is Part.REST
     b.mover.reset()
-    assert b.part(1, 1) is Part.TAIL  # the router chose it before: its read goes on
+    assert b.part(1, 1) is Part.REST  # the router chose it before: its read goes on
     b.reader.at_once = 2
     b.reader._begin()
     b.use(1, [1, 2], tokens=1)
@@ -211,7 +211,7 @@ def test_a_request_that_ends_early_leaves_the_head(in_background: bool) -> None:
     b.mover.close()
 
 
-def test_a_tail_that_cannot_be_read_fails_its_request_and_is_read_anew() -> None:
+def test_a_rest_that_cannot_be_read_fails_its_request_and_is_read_anew() -> None:
     b = Bench()
     b.use(0, [1], low=[1])
     b.reader.fail = lambda key: True
