@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from fate_moe.cli import options
 from fate_moe.cli.app import app
 from fate_moe.cli.generate import open_engine, speed_rows
-from fate_moe.cli.terminal import guarded, readable, say, show_report, stderr
+from fate_moe.cli.terminal import PromptBar, guarded, readable, say, show_report, stderr
 from fate_moe.config import DEFAULT_POLICY
 from fate_moe.errors import ConfigError, FateError
 
@@ -129,7 +129,10 @@ class Dialogue:
             say(piece)
 
         try:
-            self._last = self._conversation.ask(asked, self._sampling, on_text)
+            with PromptBar() as bar:
+                self._last = self._conversation.ask(
+                    asked, self._sampling, bar.before(on_text), bar.tell
+                )
         except KeyboardInterrupt:
             stderr.print("\n[dim]stopped[/dim]")
         except FateError as error:

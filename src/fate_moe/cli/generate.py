@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,6 +13,7 @@ import typer
 from fate_moe.cli import options
 from fate_moe.cli.app import app
 from fate_moe.cli.terminal import (
+    PromptBar,
     TerminalProgress,
     default_cache_dir,
     emit_json,
@@ -106,7 +108,8 @@ def generate(
             answer = _ask_with_bar(conversation, asked, sampling)
             emit_json(as_json(answer, engine))
             return
-        answer = conversation.ask(asked, sampling, say)
+        with PromptBar() as bar:
+            answer = conversation.ask(asked, sampling, bar.before(say), bar.tell)
         say("\n")
         show_report(speed_rows(answer) + engine.report().rows())
     finally:
@@ -124,6 +127,7 @@ def _ask_with_bar(
             asked,
             sampling,
             lambda _: progress("answering", next(pieces), sampling.max_new_tokens),
+            partial(progress, "reading the prompt"),
         )
 
 

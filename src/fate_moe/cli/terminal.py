@@ -145,6 +145,40 @@ def show_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     stdout.print(table)
 
 
+class PromptBar:
+    """A progress bar for a prompt that is read in pieces, gone before the answer begins."""
+
+    def __init__(self) -> None:
+        self._progress: TerminalProgress | None = None
+
+    def __enter__(self) -> PromptBar:
+        return self
+
+    def __exit__(self, *about: object) -> None:
+        self._close()
+
+    def tell(self, done: int, total: int) -> None:
+        """Show how many tokens are read."""
+        if self._progress is None:
+            self._progress = TerminalProgress()
+            self._progress.__enter__()
+        self._progress("reading the prompt", done, total)
+
+    def before(self, show: Callable[[str], None]) -> Callable[[str], None]:
+        """Return a function that takes the bar away and shows a piece of the answer."""
+
+        def on_text(piece: str) -> None:
+            self._close()
+            show(piece)
+
+        return on_text
+
+    def _close(self) -> None:
+        if self._progress is not None:
+            self._progress.__exit__(None, None, None)
+            self._progress = None
+
+
 class TerminalProgress:
     """A progress bar per long job, on stderr, gone when the jobs are done.
 

@@ -21,6 +21,7 @@ from fate_moe.models.kv_cache import new_cache
 from fate_moe.models.load import quiet_transformers
 
 OnText = Callable[[str], None]
+OnPrompt = Callable[[int, int], None]
 Message = dict[str, str]
 
 
@@ -91,6 +92,7 @@ class Conversation:
         prompt: str | Sequence[Message],
         sampling: Sampling,
         on_text: OnText = lambda text: None,
+        on_prompt: OnPrompt = lambda done, total: None,
     ) -> Answer:
         """Answer a prompt.
 
@@ -98,6 +100,8 @@ class Conversation:
             prompt: raw text, or chat messages for the model's chat template.
             sampling: how tokens are chosen.
             on_text: receives the answer piece by piece.
+            on_prompt: told how many of how many tokens are read, of a prompt that goes through the
+                model in pieces; never of the last piece, which brings the answer's first token.
         Raises:
             ConfigError: the prompt is empty or longer than the context.
             ReadError: an expert could not be read; the next call works.
@@ -112,7 +116,7 @@ class Conversation:
         reused = self._reuse(ids)
         clock = _Clock(self.engine, self._tokenizer, on_text)
         try:
-            self._prefill(ids[reused:])
+            self._prefill(ids[reused:], on_prompt)
             out = self._generate(ids, min(sampling.max_new_tokens, room), sampling, clock)
         except BaseException:
             self.forget()  # the cache may hold half a step
@@ -155,18 +159,22 @@ class Conversation:
         return same
 
     @torch.no_grad()
-    def _prefill(self, new_ids: list[int]) -> None:
+    def _prefill(self, new_ids: list[int], on_prompt: OnPrompt) -> None:
         """Read all of a long prompt but its last chunk, piece by piece: activations stay small.
 
         Not left to transformers' `prefill_chunk_size`: before 5.23 it starts over from the first
         token even when the cache holds some. Without a cache of ours it has to go in one piece.
         """
+        total = len(new_ids)
         while self._kv is not None and len(new_ids) > PREFILL_CHUNK_TOKENS:
+            on_prompt(total - len(new_ids), total)
             piece = torch.tensor([new_ids[:PREFILL_CHUNK_TOKENS]])
             self.engine.model(
                 input_ids=piece, past_key_values=self._kv, use_cache=True, logits_to_keep=1
             )
             new_ids = new_ids[PREFILL_CHUNK_TOKENS:]
+        if len(new_ids) < total:
+            on_prompt(total - len(new_ids), total)
 
     def _generate(
         self, ids: list[int], max_new_tokens: int, sampling: Sampling, clock: _Clock

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fate_moe
-from fate_moe.engine import Engine
+from fate_moe.engine import Engine, generate
 from fate_moe.engine.generate import Conversation, Sampling
 from fate_moe.errors import CacheError, ConfigError
 from fate_moe.models.load import load_tokenizer
@@ -79,6 +79,30 @@ def test_every_policy_has_spare_slots_for_what_a_token_asks_for(
     assert blueprint.skeleton.top_k == 3
     small = open_engine(tiny_store, policy="demand", experts="10%").blueprint
     assert small.share_out(9)[1] == small.memory.slots // 3
+
+
+def test_a_long_prompt_says_how_far_it_is(
+    tiny_store: Path, open_engine: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generate, "PREFILL_CHUNK_TOKENS", 16)
+    talk = Conversation(open_engine(tiny_store, experts="50%"), load_tokenizer(tiny_store))
+    told: list[tuple[int, int]] = []
+    heard: list[int] = []
+
+    def on_prompt(done: int, total: int) -> None:
+        told.append((done, total))
+        assert not heard
+
+    prompt = "forty letters, more than two pieces long"
+    answer = talk.ask(prompt, Sampling(max_new_tokens=4), lambda text: heard.append(1), on_prompt)
+    total = answer.prompt_tokens
+    assert told == [(done, total) for done in range(0, total, 16)]
+    assert len(told) > 2
+    told.clear()
+    talk.forget()
+    heard.clear()
+    talk.ask("short", Sampling(max_new_tokens=2), on_prompt=on_prompt)
+    assert told == []
 
 
 def test_a_second_turn_reads_only_what_is_new(tiny_store: Path, open_engine: Open) -> None:
