@@ -14,7 +14,7 @@ from fate_moe.engine.prepare import convert_model
 from fate_moe.memory.arena import Arena
 from fate_moe.store.format import read_manifest
 from fate_moe.store.reader import FileReader
-from fate_moe.types import ExpertKey, Phase
+from fate_moe.types import ExpertKey, Phase, Prediction
 from tests import tiny
 from tests.conftest import Open
 
@@ -63,6 +63,28 @@ def test_the_output_does_not_depend_on_what_was_read_in_two_bits(
     if policy == "demand":  # the others may make every head whole ahead of its need
         assert telemetry.total(Phase.DECODE).partial > 0
     assert engine.mover.table.evictions > 0 or experts == "90%"
+
+
+def test_a_prompts_guesses_are_heads_where_those_are_guessed_to_be_enough(
+    wide_store: Path, open_engine: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = open_engine(wide_store, policy="tuned", experts="50%", **HYBRID)
+    seen: list[Prediction] = []
+    speculate = engine.mover.speculate
+
+    def spy(guess: Prediction | None) -> None:
+        seen.extend([guess] if guess else [])
+        speculate(guess)
+
+    monkeypatch.setattr(engine.mover, "speculate", spy)
+    with torch.no_grad():
+        engine.model(PROMPT)
+    assert len(seen) == 5  # for every layer but the first
+    for guess in seen:
+        assert guess.counts is not None
+        assert guess.low
+        low = sum(n for e, n in zip(guess.ranked, guess.counts, strict=True) if e in guess.low)
+        assert low <= 0.5 * sum(guess.counts)
 
 
 def test_heads_are_fewer_bytes(wide_store: Path, open_engine: Open) -> None:
