@@ -90,7 +90,7 @@ def test_reads_in_the_background_share_the_link_and_can_be_withdrawn_until_their
         assert buffers[key] == plain
     slow.start([Request(key, buffers[key]) for key in keys])
     slow.forget()
-    assert not slow.wait(0.01)
+    assert not slow.wait(0.5)
     slow.close()
 
 

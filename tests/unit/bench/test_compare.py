@@ -23,9 +23,9 @@ def models(tiny_checkpoint: Path, tmp_path: Path) -> Models:
     return Models(str(tiny_checkpoint), tmp_path / "cache", settings={"experts": "50%"})
 
 
-def test_the_plan_knows_how_many_scores_are_held(
-    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
+    """The configs that engines are built with."""
     seen: list[Config] = []
     build: Any = module.build
 
@@ -34,21 +34,17 @@ def test_the_plan_knows_how_many_scores_are_held(
         return build(store, config, **rest)
 
     monkeypatch.setattr(module, "build", spy)
+    return seen
+
+
+def test_the_plan_knows_how_many_scores_are_held(
+    models: Models, tmp_path: Path, seen: list[Config]
+) -> None:
     evaluate_one(models, WANTED, None, tmp_path, no_progress)
     assert [config.limits.scored_tokens for config in seen] == [SCORED_TOKENS]
 
 
-def test_shares_of_a_hybrid_are_settings_of_their_own(
-    models: Models, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[Config] = []
-    build: Any = module.build
-
-    def spy(store: Path, config: Config, **rest: Any) -> Any:
-        seen.append(config)
-        return build(store, config, **rest)
-
-    monkeypatch.setattr(module, "build", spy)
+def test_shares_of_a_hybrid_are_settings_of_their_own(models: Models, seen: list[Config]) -> None:
     found = compare(
         models, ["hybrid@0%", "hybrid@90%"], replace(WANTED, written_tokens=8), no_progress
     )
