@@ -14,7 +14,7 @@ from fate_moe.cache.table import Entry
 from fate_moe.prefetch.parts import Parts
 from fate_moe.store.reader import BackgroundReader, BatchReader, RecordReader, Request
 from fate_moe.telemetry import LinkMeter
-from fate_moe.types import ExpertKey
+from fate_moe.types import ExpertKey, Phase
 
 
 class Filler:
@@ -42,8 +42,12 @@ class Filler:
         self.batch_bytes = 0 if self._batches is None else self._batches.batch_bytes
         self.are_small = 2 * max(parts.record_bytes, default=0) <= self.batch_bytes
         self._background = reader if isinstance(reader, BackgroundReader) else None
-        self.has_background = self.are_small and self._background is not None
         self.under_way: dict[ExpertKey, Entry] = {}  # in the background
+
+    def takes(self, phase: Phase | None) -> bool:
+        """Say whether all reads of a phase go on in the background: of small records, in decode."""
+        has_background = self.are_small and self._background is not None
+        return has_background and phase is Phase.DECODE
 
     def fill(self, batch: Sequence[Entry]) -> Sequence[Exception | None]:
         """Fill the slots of a batch and return what went wrong with each."""

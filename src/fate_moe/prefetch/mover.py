@@ -120,8 +120,8 @@ class Mover:
         Args:
             choice: what the router chose.
         Returns:
-            A context manager that yields lists of (expert, slot) as experts land: in decode all
-            that have landed, to be computed together; in prefill one at a time, since each has
+            A context manager that yields lists of (expert, slot, low) as experts land: in decode
+            all that have landed, to be computed together; in prefill one at a time, since each has
             many tokens and its slot is wanted.
         Cost: a hit O(1) and no copy; a miss one read of the record.
         """
@@ -220,13 +220,12 @@ class Mover:
 
     def start_reads(self) -> None:
         """Begin in the background what is queued, where small records come in that way."""
-        if self._filler.has_background and self._turns.phase is Phase.DECODE:
+        if self._filler.takes(self._turns.phase):
             self._filler.start(self._queue.take_all())
 
     def wait(self, most_s: float) -> bool:
         """Wait until a read has landed or failed; False after `most_s`."""
-        filler = self._filler
-        failures: Sequence[Exception | None] = ()
+        filler, failures = self._filler, list[Exception | None]()
         batch = self._queue.take_demands(filler.batch_bytes) if self._reads_here() else []
         if not batch and not filler.under_way:
             return self._changed.wait(most_s)
@@ -234,11 +233,13 @@ class Mover:
         self._changed.release()
         try:
             if batch:
-                failures = filler.fill(batch)
+                failures = list(filler.fill(batch))
             elif not filler.wait(most_s):
-                return False
+                most_s = 0.0
         finally:
             self._changed.acquire()
+        if not most_s and filler.under_way:  # without any, `reset` on another thread took them in
+            return False
         self._end(batch, failures)
         self._settle_landed()
         return True
@@ -292,7 +293,8 @@ class Mover:
         self.telemetry.guesses += 1
         self.telemetry.bytes_speculated += self._parts.bytes(entry)
         self._wishes.spend()
-        self._readers.wake()
+        if not self._filler.takes(self._turns.phase):
+            self._readers.wake()
 
     def _cancel(self, unwanted: Callable[[ExpertKey], bool]) -> list[Entry]:
         """Take back the guesses that are `unwanted` and have not begun."""

@@ -5,13 +5,11 @@ from itertools import chain
 
 import pytest
 
-from fate_moe.cache import ExpertTable, make_cache
-from fate_moe.cache.allocation import Regions
 from fate_moe.errors import CacheError, ReadError
-from fate_moe.prefetch.mover import Mover
 from fate_moe.store.background import Landed
 from fate_moe.store.reader import BackgroundReader, Request
 from fate_moe.types import Choice, ExpertKey, Phase, Prediction
+from tests.unit.prefetch import test_mover_batches
 from tests.unit.prefetch.test_mover_batches import RECORD, FakeBatchReader, guess
 
 
@@ -66,32 +64,21 @@ class FakeBackgroundReader(FakeBatchReader):
             self.begun.append(self.waiting.pop(0))
 
 
-class Bench:
-    def __init__(self, capacities: Sequence[int], spare: int) -> None:
-        self.reader = FakeBackgroundReader()
-        assert isinstance(self.reader, BackgroundReader)
-        self.memory = bytearray(RECORD * (sum(capacities) + spare))
-        table = ExpertTable(Regions.per_layer(capacities), spare, lambda c: make_cache("lru", c))
-        self.mover = Mover(
-            table, self.reader, self.view, [RECORD] * len(capacities), io_threads=2, window=99
-        )
+class Bench(test_mover_batches.Bench):
+    reader: FakeBackgroundReader
 
-    def view(self, slot: int) -> memoryview:
-        return memoryview(self.memory)[slot * RECORD : (slot + 1) * RECORD]
+    def __init__(self, capacities: Sequence[int], spare: int) -> None:
+        super().__init__(capacities, spare, FakeBackgroundReader())
+        assert isinstance(self.reader, BackgroundReader)
 
     def use(
-        self, layer: int, experts: Sequence[int], ahead: Prediction | None = None, tokens: int = 1
+        self,
+        layer: int,
+        experts: Sequence[int],
+        guess: Prediction | None = None,
+        phase: Phase = Phase.DECODE,
     ) -> list[list[int]]:
-        """Run one layer's turn; check every slot's bytes; return what was handed over at once."""
-        pieces = []
-        with self.mover.lease(Choice(layer, experts, tokens)) as arriving:
-            self.mover.speculate(ahead)
-            for piece in arriving:
-                for expert, slot, _ in piece:
-                    assert set(self.view(slot)) == {10 * layer + expert}
-                pieces.append([expert for expert, *_ in piece])
-        with self.mover.section:
-            self.mover.table.check()
+        pieces = super().use(layer, experts, guess, phase)
         assert all(entry.locks == 0 for entry in self.mover.table.entries())
         return pieces
 
@@ -189,11 +176,11 @@ def test_a_request_that_fails_withdraws_what_it_wanted(bench: Bench) -> None:
 def test_prefill_has_reader_threads_and_waits_for_what_is_on_its_way(bench: Bench) -> None:
     bench.use(0, [0])
     bench.mover.speculate(guess(1, 1, 2, 3))
-    pieces = bench.use(1, [1, 5, 6], tokens=2)
+    pieces = bench.use(1, [1, 5, 6], phase=Phase.PREFILL)
     assert sorted(chain.from_iterable(pieces)) == [1, 5, 6]
     assert not bench.mover._filler.under_way
     assert bench.mover.telemetry.total(Phase.PREFILL).hits == 1
-    bench.use(0, [1, 2], guess(1, 8), tokens=2)
+    bench.use(0, [1, 2], guess(1, 8), phase=Phase.PREFILL)
     assert not bench.reader.begun
 
 
@@ -204,6 +191,27 @@ def test_reset_takes_back_guesses_and_leaves_demands(bench: Bench) -> None:
         bench.mover.reset()
         assert sorted(e for piece in arriving for e, *_ in piece) == [1, 2, 3]
     assert bench.reader.withdrawn == [(1, 1)]
+
+
+def test_a_reset_beside_a_wait_takes_in_what_was_waited_for(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wait(most_s: float) -> bool:
+        bench.reader.land()
+        bench.mover.reset()  # another thread could: the lock is free
+        return False
+
+    monkeypatch.setattr(bench.reader, "wait", wait)
+    assert bench.use(0, [1, 2]) == [[1, 2]]
+
+
+def test_reader_threads_sleep_while_reads_come_in_by_themselves(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.use(0, [0])
+    monkeypatch.setattr(bench.mover._readers, "wake", lambda: pytest.fail("woken for nothing"))
+    bench.use(0, [1, 2], guess(1, 1, 2, 3))
+    bench.use(1, [1, 5])
 
 
 def test_after_an_interrupt_nothing_of_the_old_table_lands(bench: Bench) -> None:

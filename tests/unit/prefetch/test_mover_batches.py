@@ -54,8 +54,10 @@ class FakeBatchReader(FakeReader):
 
 
 class Bench:
-    def __init__(self, capacities: Sequence[int], spare: int) -> None:
-        self.reader = FakeBatchReader()
+    def __init__(
+        self, capacities: Sequence[int], spare: int, reader: FakeBatchReader | None = None
+    ) -> None:
+        self.reader = reader or FakeBatchReader()
         assert isinstance(self.reader, BatchReader)
         self.memory = bytearray(RECORD * (sum(capacities) + spare))
         table = ExpertTable(Regions.per_layer(capacities), spare, lambda c: make_cache("lru", c))
