@@ -32,7 +32,8 @@ class Demands:
         weights_bytes: everything that is not a routed expert, in the compute dtype.
         load_bytes: extra while loading (file pages mapped beside the weights), gone afterwards.
         kv_bytes: key/value cache for the whole context.
-        workspace_bytes: activations of one prefill chunk and the experts being computed.
+        workspace_bytes: activations of one chunk of a prompt and the experts being computed.
+        chunk_tokens: longest piece of a prompt that goes through the model at once.
         slot_bytes: one expert slot.
         num_experts: routed experts of the whole model.
         floor_slots: fewest slots that can run at all.
@@ -43,6 +44,7 @@ class Demands:
     load_bytes: int
     kv_bytes: int
     workspace_bytes: int
+    chunk_tokens: int
     slot_bytes: int
     num_experts: int
     floor_slots: int

@@ -21,8 +21,7 @@ from transformers.models.auto.configuration_auto import (
 )
 
 from fate_moe.config import make_config
-from fate_moe.engine import Engine, build, generate
-from fate_moe.engine.demands import PREFILL_CHUNK_TOKENS
+from fate_moe.engine import Engine, build
 from fate_moe.engine.generate import Conversation, Sampling
 from fate_moe.engine.prepare import convert_model
 from fate_moe.models.kv_cache import kv_growth, new_cache, tensors_of
@@ -189,8 +188,8 @@ def same_answers(engine: Engine, reference: Any, tokenizer: Any) -> None:
     not be asked to.
     """
     want = cache(partial(plain_answer, reference))
-    for chunk_tokens in (PREFILL_CHUNK_TOKENS, 4):
-        with patch.object(generate, "PREFILL_CHUNK_TOKENS", chunk_tokens):
+    for chunk_tokens in (engine.chunk_tokens, 4):
+        with patch.object(Engine, "chunk_tokens", chunk_tokens):
             talk = Conversation(engine, tokenizer)
             for prompt in PROMPTS:
                 ids = tokenizer(prompt)["input_ids"]

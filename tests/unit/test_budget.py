@@ -21,6 +21,7 @@ def demands(**changes: int) -> Demands:
         "load_bytes": 10 * MIB,
         "kv_bytes": 50 * MIB,
         "workspace_bytes": 30 * MIB,
+        "chunk_tokens": 512,
         "slot_bytes": MIB,
         "num_experts": 100,
         "floor_slots": 3,

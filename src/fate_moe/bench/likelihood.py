@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fate_moe.engine.demands import PREFILL_CHUNK_TOKENS
+from fate_moe.engine.demands import SHORT_CHUNK_TOKENS
 from fate_moe.errors import ConfigError
 from fate_moe.models.kv_cache import new_cache
 from fate_moe.models.scores import Halves
@@ -31,7 +31,7 @@ class Likelihood:
             together: short sequences may share a step; not where one changes another's result.
         """
         self.halves = Halves(model)
-        self.step_tokens = min(PREFILL_CHUNK_TOKENS, context_tokens) if together else 0
+        self.step_tokens = min(SHORT_CHUNK_TOKENS, context_tokens) if together else 0
         self._model = model
         self._context_tokens = context_tokens
 
@@ -43,12 +43,12 @@ class Likelihood:
         """
         if len(ids) > self._context_tokens:
             raise self._too_long(ids)
-        past = None if len(ids) <= PREFILL_CHUNK_TOKENS else new_cache(self._model)
+        past = None if len(ids) <= SHORT_CHUNK_TOKENS else new_cache(self._model)
         if past is None:  # short, or of a family that reads everything in one piece
             return self.halves.hidden(torch.tensor([list(ids)]))[0]
         whole = torch.empty(0)
-        for start in range(0, len(ids), PREFILL_CHUNK_TOKENS):
-            piece = torch.tensor([list(ids[start : start + PREFILL_CHUNK_TOKENS])])
+        for start in range(0, len(ids), SHORT_CHUNK_TOKENS):
+            piece = torch.tensor([list(ids[start : start + SHORT_CHUNK_TOKENS])])
             found = self.halves.hidden(piece, past)[0]
             if not start:  # now its width is known
                 whole = found.new_empty(len(ids), found.shape[1])
@@ -73,8 +73,8 @@ class Likelihood:
         if len(ids) > self._context_tokens:
             raise self._too_long(ids)
         past, split = new_cache(self._model), len(ids) - written
-        for start in range(0, split, PREFILL_CHUNK_TOKENS):
-            piece = torch.tensor([list(ids[start : min(start + PREFILL_CHUNK_TOKENS, split)])])
+        for start in range(0, split, SHORT_CHUNK_TOKENS):
+            piece = torch.tensor([list(ids[start : min(start + SHORT_CHUNK_TOKENS, split)])])
             last = self.halves.hidden(piece, past)[0, -1:]
         ones = [self.halves.hidden(torch.tensor([[one]]), past)[0] for one in ids[split:]]
         return torch.cat([last, *ones])

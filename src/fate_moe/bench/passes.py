@@ -13,38 +13,46 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fate_moe.engine.demands import PREFILL_CHUNK_TOKENS
+from fate_moe.engine.demands import SHORT_CHUNK_TOKENS, chunk_sizes
 from fate_moe.errors import ConfigError
 from fate_moe.models.kv_cache import new_cache
 
 
-def time_pass(model: Any, stage: str, tokens: int, ids: torch.Generator) -> list[float]:
+def time_pass(
+    model: Any,
+    stage: str,
+    tokens: int,
+    ids: torch.Generator,
+    chunk_tokens: int = SHORT_CHUNK_TOKENS,
+) -> list[float]:
     """Read or write `tokens` random tokens from an empty cache.
 
     Args:
         model: a transformers causal language model.
         stage: prefill or decode.
         ids: where the tokens come from.
+        chunk_tokens: most of the tokens that are read at once.
     Returns:
         Seconds of each step: of a chunk of the prompt, or of a token.
     Raises:
         ConfigError: another stage.
     """
-    run = {"prefill": _prefill, "decode": _decode}.get(stage)
-    if run is None:
-        raise ConfigError(f"stage: {stage!r:.40} is none of prefill, decode")
-    return run(model, tokens, ids)
+    if stage == "prefill":
+        return _prefill(model, tokens, ids, chunk_tokens)
+    if stage == "decode":
+        return _decode(model, tokens, ids)
+    raise ConfigError(f"stage: {stage!r:.40} is none of prefill, decode")
 
 
 @torch.no_grad()
-def _prefill(model: Any, tokens: int, ids: torch.Generator) -> list[float]:
+def _prefill(model: Any, tokens: int, ids: torch.Generator, most: int) -> list[float]:
     prompt = _random_ids(model, tokens, ids)
     cache, steps = new_cache(model), []
-    size = tokens if cache is None else PREFILL_CHUNK_TOKENS
-    for start in range(0, tokens, size):
+    sizes = [tokens] if cache is None else chunk_sizes(tokens, most)
+    for chunk in torch.split(prompt, sizes, dim=1):
         began_s = time.perf_counter()
         model(
-            input_ids=prompt[:, start : start + size], past_key_values=cache,
+            input_ids=chunk, past_key_values=cache,
             use_cache=cache is not None, logits_to_keep=1,
         )  # fmt: skip
         steps.append(time.perf_counter() - began_s)

@@ -25,7 +25,7 @@ from fate_moe.cache.allocation import Regions, make_regions
 from fate_moe.cache.belady import Belady
 from fate_moe.config import PRESETS, make_config, parse_size
 from fate_moe.engine.build import build
-from fate_moe.engine.demands import PREFILL_CHUNK_TOKENS
+from fate_moe.engine.demands import chunk_sizes
 from fate_moe.engine.handle import Engine
 from fate_moe.engine.record import Recorder
 from fate_moe.errors import ConfigError
@@ -266,7 +266,7 @@ def _answer(engine: Engine, ids: Tensor, new_tokens: int) -> _Spent:
     model: Any = engine.model
     cache, moved = new_cache(model), engine.mover.telemetry
     began_s, began = time.perf_counter(), moved.bytes_demand + moved.bytes_speculated
-    for piece in torch.split(ids, PREFILL_CHUNK_TOKENS, dim=1):
+    for piece in torch.split(ids, chunk_sizes(ids.shape[1], engine.chunk_tokens), dim=1):
         logits = model(
             input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=1
         ).logits

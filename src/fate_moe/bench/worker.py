@@ -63,7 +63,7 @@ def measure(job: Job) -> dict[str, object]:
         totals, steps = [], [0.0]
         for _ in range(job.passes):
             engine.reset()
-            steps = time_pass(engine.model, job.stage, job.tokens, ids)
+            steps = time_pass(engine.model, job.stage, job.tokens, ids, engine.chunk_tokens)
             totals.append(sum(steps))
         report = engine.report()
     finally:

@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -146,9 +147,12 @@ def show_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 class PromptBar:
-    """A progress bar for a prompt that is read in pieces, gone before the answer begins."""
+    """A progress bar for a prompt that takes a while to read, gone before the answer begins."""
 
-    def __init__(self) -> None:
+    def __init__(self, patience_s: float = 0.5) -> None:
+        """Show nothing of a prompt that is read sooner than `patience_s`."""
+        self._patience_s = patience_s
+        self._began_s: float | None = None
         self._progress: TerminalProgress | None = None
 
     def __enter__(self) -> PromptBar:
@@ -159,6 +163,10 @@ class PromptBar:
 
     def tell(self, done: int, total: int) -> None:
         """Show how many tokens are read."""
+        now_s = time.perf_counter()
+        self._began_s = self._began_s or now_s
+        if now_s - self._began_s < self._patience_s:
+            return
         if self._progress is None:
             self._progress = TerminalProgress()
             self._progress.__enter__()

@@ -18,7 +18,6 @@ from fate_moe.cache import ExpertTable, make_cache
 from fate_moe.cache.allocation import Regions
 from fate_moe.config import Config
 from fate_moe.engine.attach import attach
-from fate_moe.engine.demands import PREFILL_CHUNK_TOKENS
 from fate_moe.engine.handle import Engine
 from fate_moe.engine.plan import Blueprint, computes_natively, draw
 from fate_moe.errors import ConfigError, FormatError
@@ -93,7 +92,7 @@ def build(
     model.fate = engine
     # Whoever calls `model.generate` gets the plan's bounds too.
     if chunks_continue(model):
-        model.generation_config.prefill_chunk_size = PREFILL_CHUNK_TOKENS
+        model.generation_config.prefill_chunk_size = blueprint.memory.demands.chunk_tokens
     model.register_forward_pre_hook(_context_guard(blueprint.context_tokens), with_kwargs=True)
     # A model that is dropped without `close` gives its threads, files and slots back too.
     weakref.finalize(model, _stop, mover, reader)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fate_moe.engine.demands import PREFILL_CHUNK_TOKENS
+from fate_moe.engine.demands import SHORT_CHUNK_TOKENS
 from fate_moe.engine.handle import Engine
 from fate_moe.errors import ConfigError, ModelError
 from fate_moe.predict import Router
@@ -74,7 +74,7 @@ def calibrate(
     fits = _Fits(engine)
     per_turn = max(1, _SUMS_BYTES // fits.layer_bytes)
     turns = [layers[i : i + per_turn] for i in range(0, len(layers), per_turn)]
-    fit, judge = _pieces(ids, judge_ids, min(PREFILL_CHUNK_TOKENS, engine.context_tokens))
+    fit, judge = _pieces(ids, judge_ids, min(SHORT_CHUNK_TOKENS, engine.context_tokens))
     runs = _Runs(engine, len(turns) * len(fit + judge), progress)
     for turn in turns:
         runs.over(fit, fits.learner(turn))

@@ -22,8 +22,10 @@ from fate_moe.store.format import Manifest
 from fate_moe.store.header import read_header
 from fate_moe.telemetry import rss_bytes
 
-PREFILL_CHUNK_TOKENS = 512
-"""Longest piece of a prompt that goes through the model at once: it bounds the activations."""
+SHORT_CHUNK_TOKENS = 512
+"""Tokens of a prompt, or of a text, that go through any model at once."""
+_LONG_CHUNK_TOKENS = 2048
+_CHUNK_SHARE = 0.1  # of what the routed experts weigh: its activations may take no more
 
 DEFAULT_CONTEXT_TOKENS = 4096
 
@@ -62,18 +64,22 @@ def demands_of(
     records_bytes = sum(entry.nbytes for name, entry in header.tensors.items() if is_record(name))
     # Before the process is weighed: asking the family's code takes memory for good, the first time.
     kv_bytes = skeleton.kv_bytes(context, dtype)
+    per_token = _bytes_per_token(skeleton, shapes, matrices, dtype, context)
+    chunk = _chunk_tokens(manifest, skeleton, per_token, context)
     return Demands(
         base_bytes=rss_bytes(),
         weights_bytes=sum(sizes) + records_bytes,
         # Records are read into the place where they stay, the rest through a mapped file.
         load_bytes=manifest.resident.bytes - records_bytes + max(sizes, default=0) + _MARGIN_BYTES,
         kv_bytes=kv_bytes,
-        workspace_bytes=_workspace_bytes(manifest, skeleton, shapes, dtype, context)
-        + (_record_bytes(matrices, skeleton, context) if matrices else 0)
+        workspace_bytes=chunk * per_token
+        + _unpacking_bytes(manifest)
+        + (10 * skeleton.vocabulary + UNPACKED_BYTES if matrices else 0)
         + _score_bytes(skeleton, scored)
         # Read in 16 bits, kept in 32.
         + (3 * manifest.fitted.bytes if manifest.fitted else 0)
         + cache_bytes(cache, [layer.num_experts for layer in manifest.layers]),
+        chunk_tokens=chunk,
         slot_bytes=max(layer.record_bytes for layer in manifest.layers),
         num_experts=sum(layer.num_experts for layer in manifest.layers),
         floor_slots=_FLOOR_SLOTS,
@@ -96,29 +102,47 @@ def context_tokens(limits: Limits, skeleton: Skeleton) -> int:
     return limits.context_tokens
 
 
-def _workspace_bytes(
-    manifest: Manifest, skeleton: Skeleton, shapes: Shapes, dtype: torch.dtype, context: int
+def chunk_sizes(tokens: int, most: int) -> list[int]:
+    """Return the sizes of the chunks, as equal as can be, that a prompt goes through a model in.
+
+    Args:
+        most: longest chunk, in tokens.
+    """
+    count = -(-tokens // most)
+    return [tokens * (i + 1) // count - tokens * i // count for i in range(count)]
+
+
+def _chunk_tokens(manifest: Manifest, skeleton: Skeleton, per_token: int, context: int) -> int:
+    """Say how long a chunk is: every chunk reads nearly all experts once more.
+
+    By the model and the context alone: the last bits of a product depend on how many tokens are
+    multiplied at once, and an answer must not depend on the budget.
+    """
+    if skeleton.prefills_whole:
+        return context
+    experts = sum(layer.num_experts * layer.record_bytes for layer in manifest.layers)
+    chunk = _LONG_CHUNK_TOKENS
+    while chunk > SHORT_CHUNK_TOKENS and chunk * per_token > _CHUNK_SHARE * experts:
+        chunk //= 2
+    return min(chunk, context)
+
+
+def _bytes_per_token(
+    skeleton: Skeleton, shapes: Shapes, matrices: Shapes, dtype: torch.dtype, context: int
 ) -> int:
-    tokens = _tokens_at_once(skeleton, context)
-    widths = _widths(shapes, skeleton)
-    per_token = (
+    numbers = (
         (12 + skeleton.top_k) * skeleton.hidden  # live hidden states and the experts' parts
-        + 3 * max(widths, default=skeleton.hidden)  # the widest feed-forward: gate, up, product
+        + 3 * max(_widths(shapes, skeleton), default=skeleton.hidden)  # gate, up, product
         + context * skeleton.mask_rows  # attention mask or scores
     )
-    unpacked = _UNPACKED[_bits(manifest)] * max(layer.record_bytes for layer in manifest.layers)
-    return tokens * per_token * dtype.itemsize + unpacked + _MARGIN_BYTES
-
-
-def _record_bytes(matrices: Shapes, skeleton: Skeleton, context: int) -> int:
-    """Size up what layers computed from records take: float32 and int8 copies, unpacked rows."""
+    # What is computed from records has float32 and int8 copies beside it.
     widest = max(_widths(matrices, skeleton), default=skeleton.hidden)
-    copies = 10 * _tokens_at_once(skeleton, context) * max(widest, skeleton.hidden)
-    return copies + 10 * skeleton.vocabulary + UNPACKED_BYTES
+    return numbers * dtype.itemsize + (10 * max(widest, skeleton.hidden) if matrices else 0)
 
 
-def _tokens_at_once(skeleton: Skeleton, context: int) -> int:
-    return context if skeleton.prefills_whole else min(PREFILL_CHUNK_TOKENS, context)
+def _unpacking_bytes(manifest: Manifest) -> int:
+    largest = max(layer.record_bytes for layer in manifest.layers)
+    return _UNPACKED[_bits(manifest)] * largest + _MARGIN_BYTES
 
 
 def _widths(shapes: Shapes, skeleton: Skeleton) -> list[int]:

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fate_moe.engine.demands import PREFILL_CHUNK_TOKENS
+from fate_moe.engine.demands import chunk_sizes
 from fate_moe.engine.handle import Engine
+from fate_moe.engine.prompt import OnPrompt, read_all_but_last, told
 from fate_moe.errors import ConfigError, ModelError
 from fate_moe.models.kv_cache import new_cache
 from fate_moe.models.load import quiet_transformers
 
 OnText = Callable[[str], None]
-OnPrompt = Callable[[int, int], None]
 Message = dict[str, str]
 
 
@@ -100,8 +100,7 @@ class Conversation:
             prompt: raw text, or chat messages for the model's chat template.
             sampling: how tokens are chosen.
             on_text: receives the answer piece by piece.
-            on_prompt: told how many of how many tokens are read, of a prompt that goes through the
-                model in pieces; never of the last piece, which brings the answer's first token.
+            on_prompt: told how many of how many new tokens are read, before each MoE layer.
         Raises:
             ConfigError: the prompt is empty or longer than the context.
             ReadError: an expert could not be read; the next call works.
@@ -114,10 +113,14 @@ class Conversation:
                 "the answer; shorten the prompt or raise --context"
             )
         reused = self._reuse(ids)
+        # Without a cache of ours the prompt has to go through in one piece.
+        most = len(ids) if self._kv is None else self.engine.chunk_tokens
+        sizes = chunk_sizes(len(ids) - reused, most)
         clock = _Clock(self.engine, self._tokenizer, on_text)
         try:
-            self._prefill(ids[reused:], on_prompt)
-            out = self._generate(ids, min(sampling.max_new_tokens, room), sampling, clock)
+            with told(self.engine, sizes, on_prompt):
+                read_all_but_last(self.engine, self._kv, ids[reused:], sizes)
+                out = self._generate(ids, min(sampling.max_new_tokens, room), sampling, clock)
         except BaseException:
             self.forget()  # the cache may hold half a step
             raise
@@ -157,24 +160,6 @@ class Conversation:
         if self._kv is None or not same:
             self._kv, same = new_cache(self.engine.model), 0
         return same
-
-    @torch.no_grad()
-    def _prefill(self, new_ids: list[int], on_prompt: OnPrompt) -> None:
-        """Read all of a long prompt but its last chunk, piece by piece: activations stay small.
-
-        Not left to transformers' `prefill_chunk_size`: before 5.23 it starts over from the first
-        token even when the cache holds some. Without a cache of ours it has to go in one piece.
-        """
-        total = len(new_ids)
-        while self._kv is not None and len(new_ids) > PREFILL_CHUNK_TOKENS:
-            on_prompt(total - len(new_ids), total)
-            piece = torch.tensor([new_ids[:PREFILL_CHUNK_TOKENS]])
-            self.engine.model(
-                input_ids=piece, past_key_values=self._kv, use_cache=True, logits_to_keep=1
-            )
-            new_ids = new_ids[PREFILL_CHUNK_TOKENS:]
-        if len(new_ids) < total:
-            on_prompt(total - len(new_ids), total)
 
     def _generate(
         self, ids: list[int], max_new_tokens: int, sampling: Sampling, clock: _Clock

@@ -53,6 +53,11 @@ class Engine:
         return self.blueprint.context_tokens
 
     @property
+    def chunk_tokens(self) -> int:
+        """Longest piece of a prompt that goes through the model at once."""
+        return self.blueprint.memory.demands.chunk_tokens
+
+    @property
     def mode(self) -> str:
         """In words, what this run does and every way it differs from the checkpoint."""
         blueprint, config = self.blueprint, self.blueprint.config

@@ -95,7 +95,7 @@ def test_long_sequences_go_through_in_pieces(
 ) -> None:
     row = tasks.sequences(tokenizer, TEXT, 150, None)[0]
     whole = Likelihood(engine.model, 256).hidden(row)
-    monkeypatch.setattr(likelihoods, "PREFILL_CHUNK_TOKENS", 32)
+    monkeypatch.setattr(likelihoods, "SHORT_CHUNK_TOKENS", 32)
     lengths: list[int] = []
     engine.model.model.register_forward_pre_hook(
         lambda _, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True

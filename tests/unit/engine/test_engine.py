@@ -11,11 +11,12 @@ import pytest
 import torch
 
 import fate_moe
-from fate_moe.engine import Engine, generate
+from fate_moe.engine import Engine, demands
 from fate_moe.engine.generate import Conversation, Sampling
 from fate_moe.errors import CacheError, ConfigError
 from fate_moe.models.load import load_tokenizer
 from tests.conftest import Open
+from tests.tiny import LAYERS
 
 
 def readers() -> int:
@@ -81,11 +82,9 @@ def test_every_policy_has_spare_slots_for_what_a_token_asks_for(
     assert small.share_out(9)[1] == small.memory.slots // 3
 
 
-def test_a_long_prompt_says_how_far_it_is(
-    tiny_store: Path, open_engine: Open, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(generate, "PREFILL_CHUNK_TOKENS", 16)
-    talk = Conversation(open_engine(tiny_store, experts="50%"), load_tokenizer(tiny_store))
+def test_a_prompt_says_how_far_it_is(tiny_store: Path, open_engine: Open) -> None:
+    engine = open_engine(tiny_store, experts="50%")
+    talk = Conversation(engine, load_tokenizer(tiny_store))
     told: list[tuple[int, int]] = []
     heard: list[int] = []
 
@@ -96,13 +95,38 @@ def test_a_long_prompt_says_how_far_it_is(
     prompt = "forty letters, more than two pieces long"
     answer = talk.ask(prompt, Sampling(max_new_tokens=4), lambda text: heard.append(1), on_prompt)
     total = answer.prompt_tokens
-    assert told == [(done, total) for done in range(0, total, 16)]
-    assert len(told) > 2
+    assert told == [(total * layer // LAYERS, total) for layer in range(LAYERS)]
     told.clear()
-    talk.forget()
     heard.clear()
-    talk.ask("short", Sampling(max_new_tokens=2), on_prompt=on_prompt)
-    assert told == []
+    talk.ask(prompt + "!", Sampling(max_new_tokens=2), on_prompt=on_prompt)
+    assert told[-1] == (0, 1)  # one new token, and none of the answer's
+
+
+def test_a_prompt_in_chunks_goes_on_counting(
+    tiny_store: Path, open_engine: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demands, "SHORT_CHUNK_TOKENS", 16)
+    engine = open_engine(tiny_store, experts="50%", context_tokens=64)
+    told: list[int] = []
+    talk = Conversation(engine, load_tokenizer(tiny_store))
+    talk.ask("x" * 40, Sampling(max_new_tokens=2), on_prompt=lambda done, of: told.append(done))
+    assert told == [40 * call // (3 * LAYERS) for call in range(3 * LAYERS)]
+
+
+def test_a_prompt_that_fails_is_told_of_no_more(tiny_store: Path, open_engine: Open) -> None:
+    engine = open_engine(tiny_store, experts="50%")
+    talk = Conversation(engine, load_tokenizer(tiny_store))
+    told: list[int] = []
+
+    def on_prompt(done: int, total: int) -> None:
+        told.append(done)
+        if len(told) == 2:
+            raise ValueError("enough")
+
+    with pytest.raises(ValueError, match="enough"):
+        talk.ask("some text", Sampling(max_new_tokens=2), on_prompt=on_prompt)
+    talk.ask("some text", Sampling(max_new_tokens=2))
+    assert len(told) == 2
 
 
 def test_a_second_turn_reads_only_what_is_new(tiny_store: Path, open_engine: Open) -> None:
@@ -126,22 +150,22 @@ def test_a_second_turn_reads_only_what_is_new(tiny_store: Path, open_engine: Ope
 def test_a_prompt_longer_than_a_chunk_is_split(
     tiny_store: Path, open_engine: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fate_moe.engine import generate
     from fate_moe.models.kv_cache import chunks_continue
 
-    engine = open_engine(tiny_store, experts="50%")
+    engine = open_engine(tiny_store, experts="50%", context_tokens=128)
+    whole = Conversation(engine, load_tokenizer(tiny_store))
+    whole = whole.ask("x" * 100, Sampling(max_new_tokens=6))
+    monkeypatch.setattr(demands, "SHORT_CHUNK_TOKENS", 32)
+    engine = open_engine(tiny_store, experts="50%", context_tokens=128)
     chunk = engine.model.generation_config.prefill_chunk_size
-    assert chunk == (512 if chunks_continue(engine.model) else None)
+    assert chunk == (32 if chunks_continue(engine.model) else None)
     talk = Conversation(engine, load_tokenizer(tiny_store))
-    whole = talk.ask("x" * 100, Sampling(max_new_tokens=6))
-    monkeypatch.setattr(generate, "PREFILL_CHUNK_TOKENS", 32)
     seen: list[int] = []
     engine.model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
-    talk.forget()
     split = talk.ask("x" * 100, Sampling(max_new_tokens=6))
-    assert seen[:4] == [32, 32, 32, 4]
+    assert seen[:4] == [25, 25, 25, 25]
     assert split.token_ids == whole.token_ids
 
 
@@ -178,7 +202,7 @@ def ask(engine: Engine, store: Path) -> tuple[int, ...]:
 def test_a_family_that_reads_whole_prompts_is_planned_for_them(
     tiny_store: Path, open_engine: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fate_moe.engine.demands.PREFILL_CHUNK_TOKENS", 32)
+    monkeypatch.setattr("fate_moe.engine.demands.SHORT_CHUNK_TOKENS", 32)
     engine = open_engine(tiny_store, experts="50%", context_tokens=256)
     pieces, hidden = engine.blueprint.memory.demands, engine.blueprint.skeleton.hidden
     monkeypatch.setattr("fate_moe.models.load.new_cache", lambda model: None)
