@@ -108,11 +108,11 @@ class LinkMeter:
         self.active = 0  # reads under way
         self._since = 0.0
 
-    def begin(self, now_s: float) -> None:
-        """A reader starts."""
+    def begin(self, now_s: float, reads: int = 1) -> None:
+        """So many reads start."""
         if self.active == 0:
             self._since = now_s
-        self.active += 1
+        self.active += reads
 
     def end(self, now_s: float, read_bytes: int) -> None:
         """A reader is done with `read_bytes`."""

@@ -6,16 +6,18 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from fate_moe.cache import Entry, ExpertTable, make_cache
 from fate_moe.cache.allocation import Regions
-from fate_moe.types import ExpertKey
+from fate_moe.types import Choice, ExpertKey
 
-LAYERS, EXPERTS = 3, 6
+LAYERS, EXPERTS, SPARE = 3, 6, 3
 keys = st.builds(ExpertKey, st.integers(0, LAYERS - 1), st.integers(0, EXPERTS - 1))
 
 
 class TableMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.table = ExpertTable(Regions.per_layer([3, 0, 2]), 3, lambda c: make_cache("arc", c))
+        self.table = ExpertTable(
+            Regions.per_layer([4, 0, 3]), SPARE, lambda c: make_cache("arc", c)
+        )
         self.in_flight: list[Entry] = []
         self.locked: list[Entry] = []
 
@@ -83,6 +85,22 @@ class TableMachine(RuleBasedStateMachine):
             entry = self.table.place_resident(key)
             if entry is not None:
                 self.in_flight.append(entry)
+
+    @rule(wanted=st.integers(0, 9), layer=st.integers(0, LAYERS - 1))
+    def lend(self, wanted: int, layer: int) -> None:
+        protected = {e.key for e in self.table.entries() if self._is_protected(e) or e.spare}
+        before = self.table.spare_slots
+        self.table.lend(wanted, layer)
+        assert before <= self.table.spare_slots <= max(wanted, before)
+        assert protected <= {e.key for e in self.table.entries()}
+
+    @rule(layer=st.integers(0, LAYERS - 1))
+    def decode(self, layer: int) -> None:
+        protected = {e.key for e in self.table.entries() if self._is_protected(e)}
+        self.table.begin(Choice(layer, [0], 1))
+        assert protected <= {e.key for e in self.table.entries()}
+        if not protected:
+            assert self.table.spare_slots == SPARE
 
     @invariant()
     def holds(self) -> None:

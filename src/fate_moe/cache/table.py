@@ -9,10 +9,11 @@ Slots are alike; what differs is what a slot counts as:
              room in their region or are not worth anyone's place there
 A guess always lands in a spare slot, so it never evicts an expert that the router chose. When the
 router confirms it, the slot is counted to the region from then on (adopt), and the region's victim
-gives a slot back: no bytes move.
+gives a slot back: no bytes move. While a prompt is read regions lend slots to the spare ones.
 
 Invariants (`check` proves them): every used slot has one entry; used regions are within their
-capacities; spare entries are within `spare_slots`; a locked entry is never evicted.
+capacities, less what they lend; spare entries are within `spare_slots`; a locked entry is never
+evicted.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from fate_moe.cache.allocation import Regions
 from fate_moe.cache.policy import EvictionPolicy
 from fate_moe.errors import CacheError
 from fate_moe.telemetry import Counts
-from fate_moe.types import Choice, ExpertKey, Prediction
+from fate_moe.types import Choice, ExpertKey, Phase, Prediction
 
 
 class Part(Enum):
@@ -84,6 +85,8 @@ class ExpertTable:
         """
         self.regions = regions
         self.spare_slots = spare_slots
+        self._limits = list(regions.capacities)
+        self._lenders: list[int] = []  # regions, one for each slot that is lent
         self.evictions = 0
         self.on_drop: Callable[[Entry], None] = lambda entry: None
         self._make_policy = make_policy
@@ -96,7 +99,8 @@ class ExpertTable:
 
     def emptied(self) -> ExpertTable:
         """Return a table of the same shape in which nothing is resident or learned."""
-        return ExpertTable(self.regions, self.spare_slots, self._make_policy)
+        own = self.spare_slots - len(self._lenders)
+        return ExpertTable(self.regions, own, self._make_policy)
 
     def get(self, key: ExpertKey) -> Entry | None:
         """Return the entry of `key`, resident or in flight, or None."""
@@ -109,6 +113,8 @@ class ExpertTable:
 
     def begin(self, choice: Choice) -> None:
         """Tell the policy all that a router chose in a step, before the requests for it."""
+        if choice.phase is Phase.DECODE:
+            self._repay()
         self._policy(choice.layer).begin(choice)
 
     def expect(self, prediction: Prediction) -> None:
@@ -181,6 +187,29 @@ class ExpertTable:
         self._entries[key] = self._spare[key] = entry
         return entry
 
+    def lend(self, wanted: int, layer: int) -> None:
+        """Let regions lend slots until `wanted` are spare; the next decode step gives them back.
+
+        A prompt needs nearly all experts of the next layer, so its guesses are as good as demands:
+        spare slots should take all that is read while this layer computes. Whose turn in this
+        chunk is over lends first, no region more than half of its slots.
+
+        Args:
+            layer: the layer that is guessed for; the one before it is being computed.
+        """
+        layers = len(self._of_layer)
+        for back in range(2, layers):
+            of = (layer - back) % layers
+            region = self._of_layer[of]
+            while self._limits[region] > self.regions.capacities[region] / 2:
+                # Who comes in its place does not matter: nobody does.
+                newcomer = ExpertKey(of, 0)
+                if self.spare_slots >= wanted or not self._room_in_region(newcomer, True):
+                    break
+                self._limits[region] -= 1
+                self.spare_slots += 1
+                self._lenders.append(region)
+
     def landed(self, entry: Entry) -> None:
         """Note that what was on its way to an entry is there."""
         entry.resident = True
@@ -208,7 +237,7 @@ class ExpertTable:
     def place_resident(self, key: ExpertKey) -> Entry | None:
         """Give an expert a free slot of its region before any request (preload), or None."""
         region = self._of_layer[key.layer]
-        if self._used[region] >= self.regions.capacities[region]:
+        if self._used[region] >= self._limits[region]:
             return None
         entry = Entry(key, self._free.popleft())
         self._join_region(entry)
@@ -235,14 +264,14 @@ class ExpertTable:
             CacheError: one is broken; names it.
         """
         slots = [e.slot for e in self._entries.values()] + list(self._free)
-        total = self.regions.slots + self.spare_slots
+        total = sum(self._limits) + self.spare_slots
         if sorted(slots) != list(range(total)):
             raise CacheError(f"slots: {total} exist, {len(slots)} accounted for, or one twice")
         homes = [self._of_layer[k.layer] for k, e in self._entries.items() if not e.spare]
-        for region, capacity in enumerate(self.regions.capacities):
+        for region, limit in enumerate(self._limits):
             used = homes.count(region)
-            if used != self._used[region] or used > capacity:
-                raise CacheError(f"region {region}: {used} slots used, {capacity} allowed")
+            if used != self._used[region] or used > limit:
+                raise CacheError(f"region {region}: {used} slots used, {limit} allowed")
         spare = [k for k, e in self._entries.items() if e.spare]
         if set(spare) != set(self._spare) or len(spare) > self.spare_slots:
             raise CacheError(f"spare: {len(spare)} slots used, {self.spare_slots} allowed")
@@ -257,7 +286,7 @@ class ExpertTable:
 
     def _room_in_region(self, key: ExpertKey, at_any_cost: bool = False) -> bool:
         region = self._of_layer[key.layer]
-        if self._used[region] < self.regions.capacities[region]:
+        if self._used[region] < self._limits[region]:
             return True
         policy = self._policies[region]
         victim = policy.victim(key, self._is_evictable)
@@ -268,6 +297,11 @@ class ExpertTable:
         self.evictions += 1
         self._release_slot(self._entries[victim])
         return True
+
+    def _repay(self) -> None:
+        while self._lenders and self._room_in_spare(lambda old: True):
+            self.spare_slots -= 1
+            self._limits[self._lenders.pop()] += 1
 
     def _room_in_spare(self, may_go: Callable[[Entry], bool]) -> bool:
         if len(self._spare) < self.spare_slots:

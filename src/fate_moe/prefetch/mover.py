@@ -108,6 +108,8 @@ class Mover:
             else:
                 read_bytes, turns = self._parts.record_bytes[layer], self._turns
                 window = turns.window(read_bytes, self.table.spare_slots)
+                if turns.phase is Phase.PREFILL:
+                    self.table.lend(min(window, len(prediction.ranked)), layer)
                 self._wishes.open(window, turns.least_chance(read_bytes))
             self._predictions[layer] = prediction
             self.table.expect(prediction)
@@ -368,9 +370,7 @@ class Mover:
         return batch
 
     def _begin(self, batch: Sequence[Entry]) -> None:
-        now = time.perf_counter()
-        for _ in batch:
-            self.link.begin(now)
+        self.link.begin(time.perf_counter(), len(batch))
 
     def _end(self, batch: Sequence[Entry], failures: Sequence[Exception | None]) -> None:
         now = time.perf_counter()

@@ -48,6 +48,7 @@ class Turns:
         if last is not None and layer > last.layer:
             self.compute_s[last.phase].add(now - last.began_s - (stalled - last.stalled_s))
         if layer == 0:
+            self.compute_s[Phase.PREFILL] = MovingAverage()  # a chunk has its own length
             self._step_began_s = now if phase is Phase.DECODE else None
         elif layer == self._telemetry.layers - 1 and self._step_began_s is not None:
             self._benefit.end_step(now - self._step_began_s)

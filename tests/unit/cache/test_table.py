@@ -3,7 +3,7 @@
 from fate_moe.cache import Entry, ExpertTable
 from fate_moe.cache.allocation import Regions
 from fate_moe.cache.lru import LRU
-from fate_moe.types import ExpertKey
+from fate_moe.types import Choice, ExpertKey
 
 
 class Proud(LRU):
@@ -62,3 +62,77 @@ def test_layers_of_one_region_share_its_slots() -> None:
         table.landed(entry)
         table.check()
     assert [table.get(ExpertKey(layer, 5)) is None for layer in range(3)] == [True, False, False]
+
+
+def lending() -> ExpertTable:
+    """Four layers of four experts each, all resident, and one spare slot."""
+    table = ExpertTable(Regions.per_layer([4] * 4), 1, LRU)
+    for layer in range(4):
+        for expert in range(4):
+            entry = table.place_demand(ExpertKey(layer, expert))
+            assert entry is not None
+            table.landed(entry)
+    return table
+
+
+def residents(table: ExpertTable) -> list[int]:
+    """How many experts of each layer are resident."""
+    return [sum(e.key.layer == layer for e in table.entries()) for layer in range(4)]
+
+
+def test_whose_turn_is_over_lends_first_and_at_most_half() -> None:
+    table = lending()
+    table.lend(4, layer=3)  # layer 2 is being computed
+    assert table.spare_slots == 4
+    assert residents(table) == [3, 2, 4, 4]
+    table.check()
+    table.lend(2, layer=3)
+    table.lend(4, layer=1)
+    assert residents(table) == [3, 2, 4, 4]
+    table.lend(99, layer=3)
+    assert residents(table) == [2, 2, 4, 4]  # neither who computes nor who is guessed for
+    guesses = [table.place_guess(ExpertKey(3, 4 + expert)) for expert in range(5)]
+    assert [guess is None for guess in guesses] == [False] * 5
+    table.check()
+
+
+def test_a_free_slot_is_lent_before_anybody_goes() -> None:
+    table = ExpertTable(Regions.per_layer([4] * 3), 0, LRU)
+    table.lend(2, layer=2)
+    assert table.spare_slots == 2
+    assert table.evictions == 0
+    table.check()
+
+
+def test_decode_has_its_slots_back() -> None:
+    table = lending()
+    table.lend(5, layer=3)
+    guesses = [table.place_guess(ExpertKey(4 - n, 4 + n)) for n in range(1, 5)]
+    late = guesses.pop()
+    assert late is not None
+    for guess in guesses:
+        assert guess is not None
+        table.landed(guess)
+    table.begin(Choice(0, [0], 8))
+    assert table.spare_slots == 5  # a prompt goes on
+    table.begin(Choice(0, [0], 1))
+    assert table.spare_slots == 1
+    assert [key for e in table.entries() if (key := e.key).expert > 3] == [late.key]
+    assert table.place_demand(ExpertKey(1, 9)) is not None
+    table.check()
+    assert table.emptied().spare_slots == 1
+
+
+def test_what_is_being_read_keeps_its_lent_slot_until_it_is_there() -> None:
+    table = lending()
+    table.lend(3, layer=3)
+    guesses = [table.place_guess(ExpertKey(3, 4 + n)) for n in range(3)]
+    table.begin(Choice(0, [0], 1))
+    assert table.spare_slots == 3
+    assert table.emptied().spare_slots == 1
+    for guess in guesses:
+        assert guess is not None
+        table.landed(guess)
+    table.begin(Choice(1, [0], 1))
+    assert table.spare_slots == 1
+    table.check()

@@ -192,6 +192,22 @@ def test_the_window_caps_the_guesses_of_a_layer(bench: Callable[..., Bench]) -> 
     assert closed.mover.telemetry.guesses == 0
 
 
+def test_a_prompts_guesses_borrow_slots_until_it_is_read(bench: Callable[..., Bench]) -> None:
+    b = bench([4, 4, 4], 1)
+    everyone = Prediction(1, (0, 1, 2, 3), 4)
+    b.use(0, [0])
+    with b.mover.lease(Choice(0, [0, 1], 8)) as arriving:
+        b.mover.speculate(everyone)
+        list(chain.from_iterable(arriving))
+    b.settle()
+    assert b.mover.telemetry.guesses == 3  # layer 2 lends half of its slots
+    b.use(1, [0])
+    b.settle()
+    assert b.mover.table.spare_slots == 1
+    b.mover.speculate(Prediction(2, (0, 1, 2, 3), 4))
+    assert b.mover.telemetry.guesses == 4
+
+
 def test_a_failed_read_fails_its_request_only(bench: Callable[..., Bench]) -> None:
     b = bench([2], 1)
     b.use(0, [0])

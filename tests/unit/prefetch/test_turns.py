@@ -45,3 +45,16 @@ def test_before_anything_is_known_the_spare_slots_are_the_window(
     made = turns(None, compute_s, rate)
     assert made.window(10_000, 9) == 9
     assert made.least_chance(10_000) > 1
+
+
+def test_a_chunk_of_a_prompt_is_measured_by_itself() -> None:
+    made = turns(None, None, 1e6)
+    made.begin(0, Phase.PREFILL)
+    made.compute_s[Phase.PREFILL].add(0.05)
+    made.begin(1, Phase.PREFILL)
+    assert made.window(10_000, 9) > 0
+    known = made.compute_s[Phase.PREFILL].value
+    assert known is not None
+    made.begin(0, Phase.PREFILL)
+    assert made.compute_s[Phase.PREFILL].value is None
+    assert made.window(10_000, 9) == 9
