@@ -131,7 +131,7 @@ def _bytes_per_token(
     skeleton: Skeleton, shapes: Shapes, matrices: Shapes, dtype: torch.dtype, context: int
 ) -> int:
     numbers = (
-        (12 + skeleton.top_k) * skeleton.hidden  # live hidden states and the experts' parts
+        (18 + skeleton.top_k) * skeleton.hidden  # live hidden states and the experts' parts
         + 3 * max(_widths(shapes, skeleton), default=skeleton.hidden)  # gate, up, product
         + context * skeleton.mask_rows  # attention mask or scores
     )

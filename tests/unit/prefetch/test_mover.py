@@ -208,6 +208,14 @@ def test_a_prompts_guesses_borrow_slots_until_it_is_read(bench: Callable[..., Be
     assert b.mover.telemetry.guesses == 4
 
 
+def test_no_more_slots_are_lent_than_there_are_guesses(bench: Callable[..., Bench]) -> None:
+    b = bench([4, 4, 4], 1)
+    with b.mover.lease(Choice(0, [0, 1], 8)) as arriving:
+        b.mover.speculate(Prediction(1, (0, 1), 2))
+        list(chain.from_iterable(arriving))
+    assert b.mover.table.spare_slots == 2
+
+
 def test_a_failed_read_fails_its_request_only(bench: Callable[..., Bench]) -> None:
     b = bench([2], 1)
     b.use(0, [0])
