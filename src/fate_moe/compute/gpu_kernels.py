@@ -1,0 +1,147 @@
+"""How does a GPU multiply tokens by experts that lie in slots as records?
+
+Three Triton kernels: the first matrix with the activation behind it, the second matrix with the
+router's weight, and the sum of a token's experts. A tile is a few tokens of one expert; it finds
+the record by its slot and unpacks what it multiplies, so nothing is decoded beforehand, and a
+launch may mix INT4 experts with INT2 ones.
+
+Weights are those of `quant.codec`, exactly: (q - zero) * scale in float32, where a low expert's q
+is 4 * high + 1.5, the middle of the four codes that its high plane leaves open.
+"""
+
+# Triton reads the annotations of a kernel's parameters, so none may be a string.
+# ruff: noqa: ANN001, ANN202, N803, PLR0913, PLR0915
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def up_kernel(
+    slots, slot_bytes, tiles, order, x, out, K,
+    ROWS: tl.constexpr, COLS: tl.constexpr, GROUP: tl.constexpr,
+    SCALE: tl.constexpr, ZERO: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
+    BIAS: tl.constexpr, FORM: tl.constexpr, M: tl.constexpr, R: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """Write the activations [A, F] of a tile's tokens, R of the F at a time."""
+    ACT, GATED, INTERLEAVED = FORM[0], FORM[1], FORM[2]
+    F: tl.constexpr = ROWS // 2 if GATED else ROWS
+    record, low, position, live = _tile(slots, slot_bytes, tiles, M)
+    f = tl.program_id(1) * R + tl.arange(0, R)
+    token = tl.load(order + position, mask=live, other=0) // K
+    up_row = f * 2 + 1 if INTERLEAVED else (f + F if GATED else f)
+    up = _product(record, low, x + token.to(tl.int64) * COLS, live, up_row, f < F,
+                  COLS, GROUP, SCALE, ZERO, HIGH, LOW, BIAS, M, R, B)  # fmt: skip
+    if GATED:
+        gate_row = f * 2 if INTERLEAVED else f
+        gate = _product(record, low, x + token.to(tl.int64) * COLS, live, gate_row, f < F,
+                        COLS, GROUP, SCALE, ZERO, HIGH, LOW, BIAS, M, R, B)  # fmt: skip
+        y = _gated(gate, up, FORM)
+    else:
+        y = _act(up, ACT, FORM[3])
+    place = out + position.to(tl.int64)[:, None] * F + f[None, :]
+    tl.store(place, y.to(out.dtype.element_ty), mask=live[:, None] & (f < F)[None, :])
+
+
+@triton.jit
+def down_kernel(
+    slots, slot_bytes, tiles, order, weights, inner, out,
+    ROWS: tl.constexpr, COLS: tl.constexpr, GROUP: tl.constexpr,
+    SCALE: tl.constexpr, ZERO: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
+    BIAS: tl.constexpr, M: tl.constexpr, R: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """Write what an expert adds to a tile's tokens, [A, D], R of the D at a time."""
+    record, low, position, live = _tile(slots, slot_bytes, tiles, M)
+    row = tl.program_id(1) * R + tl.arange(0, R)
+    y = _product(record, low, inner + position.to(tl.int64) * COLS, live, row, row < ROWS,
+                 COLS, GROUP, SCALE, ZERO, HIGH, LOW, BIAS, M, R, B)  # fmt: skip
+    choice = tl.load(order + position, mask=live, other=0)
+    y *= tl.load(weights + choice, mask=live, other=0).to(tl.float32)[:, None]
+    place = out + position.to(tl.int64)[:, None] * ROWS + row[None, :]
+    tl.store(place, y.to(out.dtype.element_ty), mask=live[:, None] & (row < ROWS)[None, :])
+
+
+@triton.jit
+def sum_kernel(parts, positions, out, K: tl.constexpr, D: tl.constexpr, B: tl.constexpr):
+    """Add up a token's parts in the order of `positions`, in the model's dtype."""
+    token = tl.program_id(0)
+    column = tl.program_id(1) * B + tl.arange(0, B)
+    total = tl.zeros((B,), out.dtype.element_ty)
+    for k in range(K):
+        position = tl.load(positions + token * K + k).to(tl.int64)
+        part = tl.load(parts + position * D + column, mask=column < D, other=0)
+        total = (total.to(tl.float32) + part.to(tl.float32)).to(out.dtype.element_ty)
+    tl.store(out + token.to(tl.int64) * D + column, total, mask=column < D)
+
+
+@triton.jit
+def _tile(slots, slot_bytes, tiles, M: tl.constexpr):
+    # A tile is (slot, low, first, count): `count` places from `first` on among the choices by
+    # ascending expert.
+    at = tiles + tl.program_id(0) * 4
+    record = slots + tl.load(at).to(tl.int64) * slot_bytes
+    place = tl.arange(0, M)
+    return record, tl.load(at + 1), tl.load(at + 2) + place, place < tl.load(at + 3)
+
+
+@triton.jit
+def _product(
+    record, low, token, live, row, real,
+    COLS: tl.constexpr, GROUP: tl.constexpr,
+    SCALE: tl.constexpr, ZERO: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
+    BIAS: tl.constexpr, M: tl.constexpr, R: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """Multiply tokens [M, COLS] by some rows of a matrix and add their bias: [M, R] float32."""
+    QUARTER: tl.constexpr = GROUP // 4  # a byte's four weights lie so far apart
+    halves = record.to(tl.pointer_type(tl.float16))
+    total = tl.zeros((R, B) if M == 1 else (M, R), tl.float32)
+    for start in range(0, COLS // 4, B):
+        byte = start + tl.arange(0, B)
+        inside = byte < COLS // 4
+        there = real[:, None] & inside[None, :]
+        place = row[:, None] * (COLS // 4) + byte[None, :]
+        high = tl.load(record + HIGH + place, mask=there, other=0)
+        rest = tl.load(record + LOW + place, mask=there & (low == 0), other=0)
+        group = row[:, None] * (COLS // GROUP) + (byte // QUARTER)[None, :]
+        scale = tl.load(halves + SCALE // 2 + group, mask=there, other=0).to(tl.float32)
+        zero = tl.load(halves + ZERO // 2 + group, mask=there, other=0).to(tl.float32)
+        column = byte // QUARTER * GROUP + byte % QUARTER
+        for quarter in tl.static_range(4):
+            fine = ((rest >> (2 * quarter)) & 3).to(tl.float32)
+            code = ((high >> (2 * quarter)) & 3).to(tl.float32) * 4 + tl.where(low == 0, fine, 1.5)
+            weight = (code - zero) * scale  # [R, B]
+            x = tl.load(token[:, None] + (column + quarter * QUARTER)[None, :],
+                        mask=live[:, None] & inside[None, :], other=0)  # fmt: skip
+            if M == 1:
+                total += weight * x.to(tl.float32)
+            else:
+                total = tl.dot(x, tl.trans(weight).to(x.dtype), total, input_precision="ieee")
+    y = tl.sum(total, axis=1)[None, :] if M == 1 else total
+    if BIAS >= 0:
+        bias = (record + BIAS).to(tl.pointer_type(tl.float32))
+        y += tl.load(bias + row, mask=real, other=0)[None, :]
+    return y
+
+
+@triton.jit
+def _gated(gate, up, FORM: tl.constexpr):
+    ACT, ALPHA, LIMIT, OFFSET, LIMIT_AFTER = FORM[0], FORM[3], FORM[4], FORM[5], FORM[6]
+    a = _act(gate, ACT, ALPHA) if LIMIT_AFTER else _act(tl.minimum(gate, LIMIT), ACT, ALPHA)
+    if LIMIT_AFTER:
+        a = tl.minimum(a, LIMIT)
+    return a * (tl.minimum(tl.maximum(up, -LIMIT), LIMIT) + OFFSET)
+
+
+@triton.jit
+def _act(x, ACT: tl.constexpr, ALPHA: tl.constexpr):
+    if ACT == "SILU":
+        y = x * tl.sigmoid(x * ALPHA)
+    elif ACT == "GELU":
+        y = 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
+    elif ACT == "GELU_TANH":  # tanh(u) = 2 * sigmoid(2u) - 1
+        y = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    elif ACT == "RELU":
+        y = tl.maximum(x, 0.0)
+    else:
+        y = tl.maximum(x, 0.0) * tl.maximum(x, 0.0)
+    return y
