@@ -59,7 +59,7 @@ class GpuExperts:
         flat = topk_ids.flatten().cpu()
         by_expert = flat.argsort(stable=True)
         chosen = flat[by_expert]
-        size = _tile_tokens(tokens, len(flat), len(chosen.unique()))
+        size = _tile_tokens(tokens, len(flat), 1 + int(chosen.diff().count_nonzero()))
         order = by_expert.int().to(x.device)
         weights = topk_weights.flatten().contiguous()
         inner = x.new_empty(len(flat), self._inner)

@@ -9,11 +9,11 @@ Weights are those of `quant.codec`, exactly: (q - zero) * scale in float32, wher
 is 4 * high + 1.5, the middle of the four codes that its high plane leaves open.
 """
 
-# Triton reads the annotations of a kernel's parameters, so none may be a string.
-# ruff: noqa: ANN001, ANN202, N803, PLR0913, PLR0915
-
 import triton
 import triton.language as tl
+
+# Triton's interpreter keeps bfloat16 as whole numbers, and its product multiplies those.
+WIDENED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -94,6 +94,8 @@ def _product(
     """Multiply tokens [M, COLS] by some rows of a matrix and add their bias: [M, R] float32."""
     QUARTER: tl.constexpr = GROUP // 4  # a byte's four weights lie so far apart
     halves = record.to(tl.pointer_type(tl.float16))
+    # Compared as a tile: the interpreter of Triton 3.9 spoils what a scalar comparison spreads to.
+    whole = tl.zeros((R, B), tl.int32) + low == 0
     total = tl.zeros((R, B) if M == 1 else (M, R), tl.float32)
     for start in range(0, COLS // 4, B):
         byte = start + tl.arange(0, B)
@@ -101,21 +103,24 @@ def _product(
         there = real[:, None] & inside[None, :]
         place = row[:, None] * (COLS // 4) + byte[None, :]
         high = tl.load(record + HIGH + place, mask=there, other=0)
-        rest = tl.load(record + LOW + place, mask=there & (low == 0), other=0)
+        rest = tl.load(record + LOW + place, mask=there & whole, other=0)
         group = row[:, None] * (COLS // GROUP) + (byte // QUARTER)[None, :]
         scale = tl.load(halves + SCALE // 2 + group, mask=there, other=0).to(tl.float32)
         zero = tl.load(halves + ZERO // 2 + group, mask=there, other=0).to(tl.float32)
         column = byte // QUARTER * GROUP + byte % QUARTER
         for quarter in tl.static_range(4):
             fine = ((rest >> (2 * quarter)) & 3).to(tl.float32)
-            code = ((high >> (2 * quarter)) & 3).to(tl.float32) * 4 + tl.where(low == 0, fine, 1.5)
+            code = ((high >> (2 * quarter)) & 3).to(tl.float32) * 4 + tl.where(whole, fine, 1.5)
             weight = (code - zero) * scale  # [R, B]
             x = tl.load(token[:, None] + (column + quarter * QUARTER)[None, :],
                         mask=live[:, None] & inside[None, :], other=0)  # fmt: skip
             if M == 1:
                 total += weight * x.to(tl.float32)
             else:
-                total = tl.dot(x, tl.trans(weight).to(x.dtype), total, input_precision="ieee")
+                other = tl.trans(weight).to(x.dtype)
+                if WIDENED:
+                    x, other = x.to(tl.float32), other.to(tl.float32)
+                total = tl.dot(x, other, total, input_precision="ieee")
     y = tl.sum(total, axis=1)[None, :] if M == 1 else total
     if BIAS >= 0:
         bias = (record + BIAS).to(tl.pointer_type(tl.float32))

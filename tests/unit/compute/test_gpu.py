@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from hypothesis import Phase, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -19,7 +19,8 @@ from fate_moe.quant.codec import decode, decode_int2, encode
 from fate_moe.quant.record import BiasSpec, MatrixSpec, RecordLayout
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BOUND = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+# What one rounding may lose; the interpreter cuts bfloat16 off where a card rounds it.
+UNIT = {torch.float32: 2**-22, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 SILU = GateForm("SILU")
 FORMS = [
     SILU,
@@ -86,15 +87,19 @@ def run(both: Both, x: Tensor, ids: Tensor, weights: Tensor, arriving: list) -> 
     return both.gpu(*on, arriving).cpu()
 
 
-def check(both: Both, hidden: int, tokens: int, experts: int, k: int,
-          low: frozenset[int] = frozenset(), dtype: torch.dtype = torch.float32) -> None:  # fmt: skip
+def check(
+    both: Both, hidden: int, tokens: int, experts: int, k: int,
+    low: frozenset[int] = frozenset(), dtype: torch.dtype = torch.float32,
+) -> None:  # fmt: skip
     x, ids, weights = routing(tokens, experts, k, hidden)
     x, weights = x.to(dtype), weights.to(dtype)
     arriving = both.arriving(ids, low)
     have = run(both, x, ids, weights, [arriving])
     assert have.dtype is dtype
     want = both.exact(x.double(), ids, weights.double(), [arriving])
-    assert float((have.double() - want).norm() / want.norm()) < BOUND[dtype]
+    assert (
+        float((have.double() - want).norm() / want.norm()) < (3 + k) * UNIT[dtype]
+    )  # weights, inner, parts, sums
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: f"{form.act}-{form.gated}-{form.limit}")
@@ -104,12 +109,12 @@ def test_every_form_is_computed(form: GateForm, tokens: int) -> None:
     check(both, 96, tokens, 6, 3, frozenset({1, 4}))
 
 
-@settings(max_examples=12, deadline=None, phases=[Phase.reuse, Phase.generate])
+@settings(max_examples=12, deadline=None)
 @given(
     st.sampled_from([32, 64, 96, 160]), st.sampled_from([32, 96]), st.sampled_from([1, 3, 9, 40]),
-    st.integers(1, 8), st.sets(st.integers(0, 7)), st.sampled_from(list(BOUND)), st.data(),
+    st.integers(1, 8), st.sets(st.integers(0, 7)), st.sampled_from(list(UNIT)), st.data(),
 )  # fmt: skip
-def test_any_shape_precision_and_empty_experts(  # noqa: PLR0913
+def test_any_shape_precision_and_empty_experts(
     hidden: int, inner: int, tokens: int, experts: int, low: set[int], dtype: torch.dtype,
     data: st.DataObject,
 ) -> None:  # fmt: skip
