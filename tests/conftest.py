@@ -1,5 +1,10 @@
 """Fixtures that several suites share."""
 
+import os
+
+# Before anything imports Triton: it decides as its functions are defined.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import gc
 import os
 from collections.abc import Callable, Iterator
