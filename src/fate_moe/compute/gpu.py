@@ -19,8 +19,13 @@ from fate_moe.quant.record import RecordLayout
 
 _FEW_TOKENS = 8  # up to here each choice is a tile: weights are what is read, not tokens
 _TILE_TOKENS = (16, 64)  # the least that a matrix unit takes, and what registers hold
-_ROWS = {1: 16, 16: 64, 32: 64, 64: 64}  # of a matrix, by tokens of a tile
-_BYTES = {1: 128, 16: 32, 32: 32, 64: 32}  # of a row's plane, four weights each
+# By tokens of a tile: R rows of the matrix, B bytes of a row's plane (four weights each) at a time.
+_CUTS: dict[int, dict[str, int]] = {
+    1: {"R": 16, "B": 128, "num_warps": 4},
+    16: {"R": 64, "B": 32, "num_warps": 4},
+    32: {"R": 64, "B": 32, "num_warps": 4},
+    64: {"R": 64, "B": 32, "num_warps": 4},
+}
 _SUM_COLUMNS = 1024
 
 
@@ -44,10 +49,11 @@ class GpuExperts:
         first = "gate_up_proj" if form.gated else "up_proj"
         self._up = _numbers(layout, names.index(first))
         self._down = _numbers(layout, names.index("down_proj"))
-        self._form = (
-            form.act, form.gated, form.interleaved, form.alpha, form.limit, form.offset,
-            form.limit_after,
-        )  # fmt: skip
+        self._form = {
+            "ACT": form.act, "GATED": form.gated, "INTERLEAVED": form.interleaved,
+            "ALPHA": form.alpha, "LIMIT": form.limit, "OFFSET": form.offset,
+            "LIMIT_AFTER": form.limit_after,
+        }  # fmt: skip
         self._inner = self._up["ROWS"] // (2 if form.gated else 1)
         self._slots = slots
 
@@ -83,10 +89,10 @@ class GpuExperts:
         self, tiles: Tensor, size: int, order: Tensor, k: int, x: Tensor, weights: Tensor,
         inner: Tensor, parts: Tensor,
     ) -> None:  # fmt: skip
-        rows, step, slot_bytes = _ROWS[size], _BYTES[size], self._slots.stride(0)
-        cut = {"M": size, "R": rows, "B": step}
+        cut, slot_bytes = {"M": size, **_CUTS[size]}, self._slots.stride(0)
+        rows = cut["R"]
         _kernels().up_kernel[(len(tiles), -(-self._inner // rows))](
-            self._slots, slot_bytes, tiles, order, x, inner, k, **self._up, FORM=self._form, **cut
+            self._slots, slot_bytes, tiles, order, x, inner, k, **self._up, **self._form, **cut
         )
         _kernels().down_kernel[(len(tiles), -(-self._down["ROWS"] // rows))](
             self._slots, slot_bytes, tiles, order, weights, inner, parts, **self._down, **cut

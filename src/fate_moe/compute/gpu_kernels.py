@@ -14,6 +14,8 @@ import triton.language as tl
 
 # Triton's interpreter keeps bfloat16 as whole numbers, and its product multiplies those.
 WIDENED = tl.constexpr(triton.knobs.runtime.interpret)
+SIXTEEN = tl.constexpr(0x41800000)  # the bits of 16.0: its next lower places count 8, 4, 2 and 1
+MIDDLE = tl.constexpr(0xC0000)  # the 1.5 that a low expert's q has
 
 
 @triton.jit
@@ -21,26 +23,32 @@ def up_kernel(
     slots, slot_bytes, tiles, order, x, out, K,
     ROWS: tl.constexpr, COLS: tl.constexpr, GROUP: tl.constexpr,
     SCALE: tl.constexpr, ZERO: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
-    BIAS: tl.constexpr, FORM: tl.constexpr, M: tl.constexpr, R: tl.constexpr, B: tl.constexpr,
+    BIAS: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
+    ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr, LIMIT_AFTER: tl.constexpr,
+    M: tl.constexpr, R: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """Write the activations [A, F] of a tile's tokens, R of the F at a time."""
-    ACT, GATED, INTERLEAVED = FORM[0], FORM[1], FORM[2]
     F: tl.constexpr = ROWS // 2 if GATED else ROWS
     record, low, position, live = _tile(slots, slot_bytes, tiles, M)
     f = tl.program_id(1) * R + tl.arange(0, R)
-    token = tl.load(order + position, mask=live, other=0) // K
+    token = x + (tl.load(order + position, mask=live, other=0) // K).to(tl.int64) * COLS
     up_row = f * 2 + 1 if INTERLEAVED else (f + F if GATED else f)
-    up = _product(record, low, x + token.to(tl.int64) * COLS, live, up_row, f < F,
+    up = _product(record, low, token, live, up_row, f < F,
                   COLS, GROUP, SCALE, ZERO, HIGH, LOW, BIAS, M, R, B)  # fmt: skip
     if GATED:
         gate_row = f * 2 if INTERLEAVED else f
-        gate = _product(record, low, x + token.to(tl.int64) * COLS, live, gate_row, f < F,
+        gate = _product(record, low, token, live, gate_row, f < F,
                         COLS, GROUP, SCALE, ZERO, HIGH, LOW, BIAS, M, R, B)  # fmt: skip
-        y = _gated(gate, up, FORM)
+        if not LIMIT_AFTER:
+            gate = tl.minimum(gate, LIMIT)
+        y = _act(gate, ACT, ALPHA)
+        if LIMIT_AFTER:
+            y = tl.minimum(y, LIMIT)
+        y *= tl.minimum(tl.maximum(up, -LIMIT), LIMIT) + OFFSET
     else:
-        y = _act(up, ACT, FORM[3])
-    place = out + position.to(tl.int64)[:, None] * F + f[None, :]
-    tl.store(place, y.to(out.dtype.element_ty), mask=live[:, None] & (f < F)[None, :])
+        y = _act(up, ACT, ALPHA)
+    place = out + position.to(tl.int64)[None, :] * F + f[:, None]
+    tl.store(place, y.to(out.dtype.element_ty), mask=live[None, :] & (f < F)[:, None])
 
 
 @triton.jit
@@ -56,9 +64,9 @@ def down_kernel(
     y = _product(record, low, inner + position.to(tl.int64) * COLS, live, row, row < ROWS,
                  COLS, GROUP, SCALE, ZERO, HIGH, LOW, BIAS, M, R, B)  # fmt: skip
     choice = tl.load(order + position, mask=live, other=0)
-    y *= tl.load(weights + choice, mask=live, other=0).to(tl.float32)[:, None]
-    place = out + position.to(tl.int64)[:, None] * ROWS + row[None, :]
-    tl.store(place, y.to(out.dtype.element_ty), mask=live[:, None] & (row < ROWS)[None, :])
+    y *= tl.load(weights + choice, mask=live, other=0).to(tl.float32)[None, :]
+    place = out + position.to(tl.int64)[None, :] * ROWS + row[:, None]
+    tl.store(place, y.to(out.dtype.element_ty), mask=live[None, :] & (row < ROWS)[:, None])
 
 
 @triton.jit
@@ -91,50 +99,67 @@ def _product(
     SCALE: tl.constexpr, ZERO: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
     BIAS: tl.constexpr, M: tl.constexpr, R: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    """Multiply tokens [M, COLS] by some rows of a matrix and add their bias: [M, R] float32."""
+    """Multiply some rows of a matrix by tokens [M, COLS] and add their bias: [R, M] float32."""
     QUARTER: tl.constexpr = GROUP // 4  # a byte's four weights lie so far apart
+    N: tl.constexpr = B // QUARTER  # groups at a time
     halves = record.to(tl.pointer_type(tl.float16))
     # Compared as a tile: the interpreter of Triton 3.9 spoils what a scalar comparison spreads to.
-    whole = tl.zeros((R, B), tl.int32) + low == 0
-    total = tl.zeros((R, B) if M == 1 else (M, R), tl.float32)
-    for start in range(0, COLS // 4, B):
-        byte = start + tl.arange(0, B)
-        inside = byte < COLS // 4
+    whole = tl.zeros((R, N, QUARTER), tl.int32) + low == 0
+    base = tl.where(whole, SIXTEEN, SIXTEEN | MIDDLE)
+    q = tl.arange(0, QUARTER)
+    total = tl.zeros((R, N) if M == 1 else (R, M), tl.float32)
+    for start in range(0, COLS // GROUP, N):
+        group = start + tl.arange(0, N)
+        inside = group < COLS // GROUP
         there = real[:, None] & inside[None, :]
-        place = row[:, None] * (COLS // 4) + byte[None, :]
-        high = tl.load(record + HIGH + place, mask=there, other=0)
-        rest = tl.load(record + LOW + place, mask=there & whole, other=0)
-        group = row[:, None] * (COLS // GROUP) + (byte // QUARTER)[None, :]
-        scale = tl.load(halves + SCALE // 2 + group, mask=there, other=0).to(tl.float32)
-        zero = tl.load(halves + ZERO // 2 + group, mask=there, other=0).to(tl.float32)
-        column = byte // QUARTER * GROUP + byte % QUARTER
-        for quarter in tl.static_range(4):
-            fine = ((rest >> (2 * quarter)) & 3).to(tl.float32)
-            code = ((high >> (2 * quarter)) & 3).to(tl.float32) * 4 + tl.where(whole, fine, 1.5)
-            weight = (code - zero) * scale  # [R, B]
-            x = tl.load(token[:, None] + (column + quarter * QUARTER)[None, :],
-                        mask=live[:, None] & inside[None, :], other=0)  # fmt: skip
-            if M == 1:
-                total += weight * x.to(tl.float32)
-            else:
-                other = tl.trans(weight).to(x.dtype)
+        number = row[:, None] * (COLS // GROUP) + group[None, :]
+        place = number[:, :, None] * QUARTER + q[None, None, :]
+        high = tl.load(record + HIGH + place, mask=there[:, :, None], other=0).to(tl.int32)
+        rest = tl.load(record + LOW + place, mask=there[:, :, None] & whole, other=0).to(tl.int32)
+        scale = tl.load(halves + SCALE // 2 + number, mask=there, other=0).to(tl.float32)
+        zero = tl.load(halves + ZERO // 2 + number, mask=there, other=0).to(tl.float32) + 16
+        column = group[:, None] * GROUP + q[None, :]
+        if M == 1:
+            dots = tl.zeros((R, N, QUARTER), tl.float32)
+            sums = tl.zeros((R, N, QUARTER), tl.float32)
+            at = token[:, None, None] + column[None, :, :] + tl.zeros((R, 1, 1), tl.int32)
+            for quarter in tl.static_range(4):
+                # Every row's threads load the tokens they need: they would wait for each other.
+                x = tl.load(at + quarter * QUARTER, mask=there[:, :, None], other=0)
+                code = _code(high, rest, base, quarter)
+                if x.dtype == tl.float32:  # taken apart below, a sum would lose two bits
+                    code -= zero[:, :, None]
+                else:
+                    sums += x.to(tl.float32)
+                dots += code * x.to(tl.float32)
+            total += (tl.sum(dots, axis=2) - zero * tl.sum(sums, axis=2)) * scale
+        else:
+            for quarter in tl.static_range(4):
+                code = _code(high, rest, base, quarter)
+                weight = tl.reshape((code - zero[:, :, None]) * scale[:, :, None], (R, B))
+                at = tl.reshape(column, (B,)) + quarter * QUARTER
+                x = tl.load(token[None, :] + at[:, None],
+                            mask=live[None, :] & (at < COLS)[:, None], other=0)  # fmt: skip
+                weight = weight.to(x.dtype)
                 if WIDENED:
-                    x, other = x.to(tl.float32), other.to(tl.float32)
-                total = tl.dot(x, other, total, input_precision="ieee")
-    y = tl.sum(total, axis=1)[None, :] if M == 1 else total
+                    x, weight = x.to(tl.float32), weight.to(tl.float32)
+                total = tl.dot(weight, x, total, input_precision="ieee")
+    y = tl.sum(total, axis=1)[:, None] if M == 1 else total
     if BIAS >= 0:
         bias = (record + BIAS).to(tl.pointer_type(tl.float32))
-        y += tl.load(bias + row, mask=real, other=0)[None, :]
+        y += tl.load(bias + row, mask=real, other=0)[:, None]
     return y
 
 
 @triton.jit
-def _gated(gate, up, FORM: tl.constexpr):
-    ACT, ALPHA, LIMIT, OFFSET, LIMIT_AFTER = FORM[0], FORM[3], FORM[4], FORM[5], FORM[6]
-    a = _act(gate, ACT, ALPHA) if LIMIT_AFTER else _act(tl.minimum(gate, LIMIT), ACT, ALPHA)
-    if LIMIT_AFTER:
-        a = tl.minimum(a, LIMIT)
-    return a * (tl.minimum(tl.maximum(up, -LIMIT), LIMIT) + OFFSET)
+def _code(high, rest, base, quarter: tl.constexpr):
+    """Return 16 + q as float32: two bits of each plane, put where they count 4 and 1 each.
+
+    Converting a whole number would take a GPU four times as long as putting bits in place.
+    """
+    coarse = (high << (21 - 2 * quarter)) & 0x600000
+    fine = (rest << (19 - 2 * quarter)) & 0x180000
+    return (coarse | fine | base).to(tl.float32, bitcast=True)
 
 
 @triton.jit
