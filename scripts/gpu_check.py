@@ -1,31 +1,53 @@
-"""Check the GPU's kernels on this machine's card: how exact, and how near its ceilings?
+"""Check everything that needs a GPU on this machine's card, and how near its ceilings it comes.
 
     python scripts/gpu_check.py --out gpu_check.json
 
-Experts are made up in the shapes of real models. Each kernel is held against the definition in
-float64; decode against the card's own copies, prefill against its bf16 matrix product, measured in
-the same run. Prints a table and writes JSON; exits with 2 where there is no CUDA card.
+Sections, each as far as the minutes last; what was left out is named:
+    ceilings   copies on the card, copies from pinned memory, bf16 matrix products
+    kernels    each against its definition in float64; decode against the card's copies, prefill
+               against its matrix products, with experts made up in the shapes of real models
+    gates      the tests of tests/gates and tests/unit/compute that run on a card
+    sanitizer  the kernels' tests under compute-sanitizer, where there is one
+    policies   demand, path, fate and tuned, smolmoe and a made-up Qwen1.5-MoE, over budgets and
+               links, beside the bound: the fewest bytes over the link, or everything resident
+
+Prints a table last and writes JSON; exits with 2 where there is no CUDA card, with 1 where a gate
+or the sanitizer found something.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
+import subprocess
 import sys
+import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
+import transformers
 from torch import Tensor
 
+from fate_moe.bench.policies import Form, run_policies
+from fate_moe.bench.shapes import find_shape
+from fate_moe.bench.synthetic import write_store
 from fate_moe.compute.eager import EagerExperts
 from fate_moe.compute.gpu import GpuExperts
 from fate_moe.compute.native import GateForm
+from fate_moe.engine.prepare import find_store
 from fate_moe.models.gate_form import apply_gate
+from fate_moe.models.load import read_skeleton
 from fate_moe.quant.codec import decode, decode_int2, encode
 from fate_moe.quant.record import MatrixSpec, RecordLayout
+from fate_moe.types import no_progress
 
+ROOT = Path(__file__).parents[1]
 FORM = GateForm("SILU")
 GIB = 2**30
 
@@ -81,7 +103,7 @@ class Layer:
         """Make tokens [T, D] and their routing."""
         weights, ids = torch.rand(tokens, self.shape.experts).topk(self.shape.top_k)
         x = torch.randn(tokens, self.shape.hidden)
-        return x.to(self.device, dtype), ids.to(self.device), weights.to(self.device, dtype)
+        return x.to(self.device, dtype), ids, weights.to(self.device, dtype)
 
     def arriving(self, ids: Tensor, low: bool) -> list[list[tuple[int, int, bool]]]:
         """All experts of a step at once, every second one from its head if `low`."""
@@ -94,6 +116,23 @@ class Layer:
         have = self.gpu(x, ids, weights, arriving).double()
         want = self.exact(x.double(), ids, weights.double(), arriving)
         return float((have - want).norm() / want.norm())
+
+
+def kernel_seconds(run: Callable[[int], object], calls: int = 24) -> float:
+    """Return the time of one of many calls that the card makes by itself, from a CUDA graph.
+
+    Args:
+        run: is given the number of the call, so that calls can read different memory.
+    """
+    aside = torch.cuda.Stream()
+    with torch.cuda.stream(aside):  # compiles what has to be
+        run(0)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for number in range(calls):
+            run(number)
+    return seconds(graph.replay) / calls
 
 
 def seconds(run: Callable[[], object], times: int = 30) -> float:
@@ -126,43 +165,204 @@ def ceilings() -> dict[str, float]:
     }
 
 
-def measure(shape: Shape, top: dict[str, float]) -> dict[str, object]:
-    """Check one shape on the card."""
-    layer, found = Layer(shape, "cuda"), dict[str, object](asdict(shape))
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for tokens in (1, 5, 64, 512):
-            for low in (False, True):
-                key = f"error {dtype} {tokens} tokens{' low' if low else ''}".replace("torch.", "")
-                found[key] = layer.error(tokens, dtype, low)
-    for tokens in (1, 512):
+def kernels(top: dict[str, float], clock: Clock) -> dict[str, object]:
+    """Check each shape on the card: errors by dtype, tokens and precision; speeds."""
+    found: dict[str, object] = {}
+    for shape in SHAPES:
+        if clock.is_over(f"kernels of {shape.name}"):
+            continue
+        layer = Layer(shape, "cuda")
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for tokens in (1, 5, 64):
+                for low in (False, True):
+                    what = f"{shape.name}, error, {dtype}, {tokens} tokens{', low' if low else ''}"
+                    found[what.replace("torch.", "")] = layer.error(tokens, dtype, low)
+        found |= speeds(layer, top)
+    return found
+
+
+def speeds(layer: Layer, top: dict[str, float]) -> dict[str, object]:
+    """Measure decode and prefill of a shape; the time a call takes of the host, too."""
+    shape, found = layer.shape, dict[str, object]()
+    x, ids, weights = layer.step(1, torch.bfloat16)
+    k, width = shape.top_k, shape.hidden
+    order = torch.arange(k, dtype=torch.int32, device="cuda")
+    inner, parts = x.new_empty(k, shape.inner), x.new_zeros(k, width)
+    # Other experts in every call: what the card's cache holds would not count.
+    tiles = [
+        torch.tensor([[(k * n + i) % shape.experts, 0, i, 1] for i in range(k)], device="cuda")
+        for n in range(24)
+    ]
+    tiles = [one.int() for one in tiles]
+    spent = kernel_seconds(
+        lambda n: layer.gpu._run(tiles[n], 1, order, k, x, weights.flatten(), inner, parts)
+    )
+    read = k * shape.layout.record_bytes
+    found[f"{shape.name}, decode, s"] = spent
+    found[f"{shape.name}, decode, of the copy rate"] = read / spent / top["copy_bytes_s"]
+    arriving = layer.arriving(ids, low=False)
+    found[f"{shape.name}, decode, s with the host"] = seconds(
+        lambda: layer.gpu(x, ids, weights, arriving)
+    )
+    for tokens in (512, 2048):
         x, ids, weights = layer.step(tokens, torch.bfloat16)
         arriving = layer.arriving(ids, low=False)
-        spent = seconds(lambda: layer.gpu(x, ids, weights, arriving))  # noqa: B023
-        read = len(arriving[0]) * shape.layout.record_bytes
+        spent = seconds(partial(layer.gpu, x, ids, weights, arriving), 9)
         flop = tokens * shape.top_k * 6 * shape.hidden * shape.inner
-        found |= {
-            f"{tokens} tokens, s": spent,
-            f"{tokens} tokens, of the copy rate": read / spent / top["copy_bytes_s"],
-            f"{tokens} tokens, of bf16": flop / spent / top["bf16_flop_s"],
-        }
+        found[f"{shape.name}, {tokens} tokens, s"] = spent
+        found[f"{shape.name}, {tokens} tokens, of bf16"] = flop / spent / top["bf16_flop_s"]
+    return found
+
+
+def gates(clock: Clock) -> dict[str, object]:
+    """Run the tests that have a card to run on; returns their last line."""
+    tests = ["tests/gates/test_g1_device.py", "tests/unit/compute/test_gpu.py"]
+    return {"gates": pytest([], tests, clock.left_s)}
+
+
+def sanitizer(clock: Clock) -> dict[str, object]:
+    """Run the kernels' tests under compute-sanitizer; returns their last line."""
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        clock.left_out.append("sanitizer: compute-sanitizer is not installed")
+        return {}
+    before = [tool, "--error-exitcode", "9", "--target-processes", "all"]
+    tests = ["tests/unit/compute/test_gpu.py", "-k", "order or no_expert or head"]
+    return {"sanitizer": pytest(before, tests, min(120.0, clock.left_s))}
+
+
+def pytest(before: list[str], tests: list[str], most_s: float) -> str:
+    """Run tests on the card in a process of their own; returns what they say last."""
+    command = [*before, sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    try:
+        done = subprocess.run(
+            [*command, *tests], capture_output=True, text=True, check=False, cwd=ROOT,
+            env=environment, timeout=most_s,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return f"failed: not over after {most_s:.0f} s"
+    lines = done.stdout.strip().splitlines() or [done.stderr.strip()[-300:]]
+    if done.returncode:
+        print(done.stdout[-6000:], done.stderr[-2000:], file=sys.stderr)
+    return lines[-1] if done.returncode == 0 else f"failed: {lines[-1]}"
+
+
+def policies(top: dict[str, float], clock: Clock, folder: Path) -> dict[str, object]:
+    """Measure policies on smolmoe and a made-up Qwen1.5-MoE, cell by cell while time lasts."""
+    found: dict[str, object] = {}
+    stores = {
+        "smolmoe": lambda: find_store("smolmoe", cache_dir=folder / "cache"),
+        "qwen1.5-moe-a2.7b": partial(made_up, "qwen1.5-moe-a2.7b", folder / "qwen"),
+    }
+    cells = [(b, link) for b in (0.25, 0.5, 0.1, 0.75, 0.9) for link in (None, 16e9, 32e9)]
+    opened: dict[str, Path] = {}
+    for budget, link in cells:
+        for name, open_store in stores.items():
+            rate = "link as it is" if link is None else f"{link / 1e9:.0f} GB/s"
+            what = f"{name}, {budget:.0%}, {rate}"
+            if clock.is_over(what):
+                continue
+            if name not in opened:
+                opened[name] = open_store()
+            found |= cell(opened[name], what, budget, link, top)
+    return found
+
+
+def made_up(shape: str, out: Path) -> Path:
+    """Write the store of a shape."""
+    write_store(find_shape(shape), out)
+    return out
+
+
+def cell(
+    store: Path, what: str, budget: float, link: float | None, top: dict[str, float]
+) -> dict[str, object]:
+    """Measure every policy at one budget over one link."""
+    form = Form(
+        ("demand", "path", "fate", "tuned"), (budget,), (link,), rounds=1, prompt_tokens=512,
+        new_tokens=32, warm_ups=1, raw_bytes_s=top["pinned_bytes_s"],
+        settings=(("vram", "90%"), ("dtype", "bfloat16")),
+    )  # fmt: skip
+    words = read_skeleton(store).vocabulary
+    torch.manual_seed(0)
+    requests = [torch.randint(3, words, (1, form.prompt_tokens)) for _ in range(2)]
+    with (store.parent / "rows.jsonl").open("a", encoding="utf-8") as lines:
+        rows = run_policies(store, requests, form, lines, lambda row: None, no_progress)
+    found: dict[str, object] = {}
+    for row in rows:
+        read = "" if row.prefill_tok_s is None else f"prefill {row.prefill_tok_s:.0f}, "
+        wait = "" if row.stall_share is None else f", waiting {row.stall_share:.0%}"
+        found[f"{what}, {row.policy}"] = f"{read}decode {row.decode_tok_s:.1f} tok/s{wait}"
+    return found
+
+
+class Clock:
+    """How long may this take, and what was left out?"""
+
+    def __init__(self, minutes: float) -> None:
+        self._end_s = time.monotonic() + 60 * minutes
+        self.left_out: list[str] = []
+
+    @property
+    def left_s(self) -> float:
+        """Seconds to go."""
+        return max(1.0, self._end_s - time.monotonic())
+
+    def is_over(self, what: str) -> bool:
+        """Say whether there is no time for something, and note that it was left out."""
+        over = self._end_s <= time.monotonic()
+        if over:
+            self.left_out.append(what)
+        return over
+
+
+SECTIONS = ("kernels", "gates", "sanitizer", "policies")
+
+
+def check(names: list[str], clock: Clock, folder: Path) -> dict[str, object]:
+    """Run sections; returns what was found, by what it is of."""
+    top = ceilings()
+    found: dict[str, object] = dict(top)
+    runs: dict[str, Callable[[], dict[str, object]]] = {
+        "kernels": partial(kernels, top, clock),
+        "gates": partial(gates, clock),
+        "sanitizer": partial(sanitizer, clock),
+        "policies": partial(policies, top, clock, folder),
+    }
+    for name in names:
+        if not clock.is_over(name):
+            print(f"{name} ...", file=sys.stderr, flush=True)
+            found |= runs[name]()
     return found
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the checks; return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("gpu_check.json"), help="The JSON file.")
-    out: Path = parser.parse_args(arguments).out
+    parser.add_argument("--minutes", type=float, default=8.0, help="About how long it may take.")
+    parser.add_argument("--only", default=",".join(SECTIONS), help="Sections, with commas between.")
+    asked = parser.parse_args(arguments)
+    names = asked.only.split(",")
+    if unknown := sorted(set(names) - set(SECTIONS)):
+        print(f"gpu_check: only: {unknown[0]!r} is none of {', '.join(SECTIONS)}", file=sys.stderr)
+        return 2
     if not torch.cuda.is_available():
         print("gpu_check: no CUDA card here, or torch is a CPU build", file=sys.stderr)
         return 2
-    top = ceilings()
-    shapes = [measure(shape, top) for shape in SHAPES]
-    card = torch.cuda.get_device_name()
-    out.write_text(json.dumps({"card": card, "torch": torch.__version__, **top, "shapes": shapes}))
-    for name, value in [("card", card), *top.items(), *(i for s in shapes for i in s.items())]:
-        print(f"{name:40} {value:.4g}" if isinstance(value, float) else f"{name:40} {value}")
-    return 0
+    clock = Clock(asked.minutes)
+    with TemporaryDirectory(prefix="fate-gpu-") as folder:
+        found = check(names, clock, Path(folder))
+    head = {"card": torch.cuda.get_device_name(), "torch": torch.__version__,
+            "transformers": transformers.__version__}  # fmt: skip
+    asked.out.write_text(json.dumps({**head, **found, "left_out": clock.left_out}, indent=1))
+    rows = [*head.items(), *found.items(), *(("left out", what) for what in clock.left_out)]
+    for name, value in rows:
+        print(f"{name:58} {value:.4g}" if isinstance(value, float) else f"{name:58} {value}")
+    return int(any(str(value).startswith("failed") for value in found.values()))
 
 
 if __name__ == "__main__":

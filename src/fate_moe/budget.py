@@ -80,23 +80,24 @@ def _peak_bytes(need: Demands, slots: int) -> int:
     return need.base_bytes + need.weights_bytes + max(need.load_bytes, running)
 
 
-def make_plan(limits: Limits, need: Demands, available_bytes: int) -> MemoryPlan:
+def make_plan(limits: Limits, need: Demands, available_bytes: int, what: str = "ram") -> MemoryPlan:
     """Turn the user's limits into a number of slots.
 
     Args:
         limits: what the user asked for.
         need: what the model needs.
         available_bytes: memory that is free now for this process, its own share included.
+        what: the limit that this memory has, ram or vram.
     Raises:
         BudgetError: the limits are below the floor; the message names the floor.
     """
-    ram = limits.ram
-    budget = ram.of(available_bytes) if ram else int(available_bytes * AVAILABLE_SHARE)
+    limit = limits.vram if what == "vram" else limits.ram
+    budget = limit.of(available_bytes) if limit else int(available_bytes * AVAILABLE_SHARE)
     floor = _peak_bytes(need, need.floor_slots)
     if budget < floor:
         raise BudgetError(
-            f"ram: have {format_bytes(budget)}, need at least {format_bytes(floor)} "
-            f"({_parts(need)}); try --ram {_round_up_mib(floor)}MiB or a smaller --context",
+            f"{what}: have {format_bytes(budget)}, need at least {format_bytes(floor)} "
+            f"({_parts(need)}); try --{what} {_round_up_mib(floor)}MiB or a smaller --context",
             budget_bytes=budget,
             floor_bytes=floor,
         )
@@ -120,7 +121,7 @@ def make_plan(limits: Limits, need: Demands, available_bytes: int) -> MemoryPlan
         most = affordable * need.slot_bytes // 1024
         raise BudgetError(
             f"experts: {wanted} slots need {format_bytes(_peak_bytes(need, wanted))}, have {have}; "
-            f"try --experts {most}KiB or a larger --ram",
+            f"try --experts {most}KiB or a larger --{what}",
             budget_bytes=budget,
             floor_bytes=_peak_bytes(need, wanted),
         )

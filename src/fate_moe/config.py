@@ -114,8 +114,8 @@ class ComputeConfig:
     """RUN THEM.
 
     Attributes:
-        compute: native (compiled kernels, activations in eight bits), eager (torch, the reference)
-            or auto: native where the machine has the native core.
+        compute: native (compiled kernels, activations in eight bits), triton (kernels on a GPU),
+            eager (torch, the reference) or auto: triton on a GPU, else native, as far as there are.
         dtype: auto, float32, bfloat16 or float16.
         threads: None = torch's choice.
         int2: which experts are computed from two bits: never, tail (in prefill, the least popular
@@ -130,8 +130,8 @@ class ComputeConfig:
     int2_share: float = 0.25
 
     def __post_init__(self) -> None:
-        if self.compute not in {"auto", "native", "eager"}:
-            raise ConfigError(f"compute: {self.compute!r} is none of auto, native, eager")
+        if self.compute not in {"auto", "native", "triton", "eager"}:
+            raise ConfigError(f"compute: {self.compute!r} is none of auto, native, triton, eager")
         if self.dtype not in {"auto", "float32", "bfloat16", "float16"}:
             raise ConfigError(f"dtype: {self.dtype!r} is none of auto, float32, bfloat16, float16")
         if self.threads is not None and not 1 <= self.threads <= 1024:
@@ -146,12 +146,14 @@ class Limits:
 
     Attributes:
         ram: the whole process; None = three quarters of what is available now.
+        vram: all that the process takes of a GPU; None = no GPU.
         experts: expert slots alone; None = what `ram` leaves.
         context_tokens: prompt and answer together; None = the model's limit, at most 4096.
         scored_tokens: tokens whose scores over the vocabulary are held at once.
     """
 
     ram: Size | None = None
+    vram: Size | None = None
     experts: Size | None = None
     context_tokens: int | None = None
     scored_tokens: int = 1
@@ -198,7 +200,7 @@ def make_config(policy: str = DEFAULT_POLICY, **settings: object) -> Config:
     chosen = {name: value for name, value in settings.items() if value is not None}
     if policy == "resident" and "experts" in chosen:
         raise ConfigError("experts: policy resident keeps all of them; leave --experts out")
-    for name in ("ram", "experts"):
+    for name in ("ram", "vram", "experts"):
         if name in chosen:
             chosen[name] = parse_size(chosen[name], name)  # type: ignore[arg-type]
     chosen = {**PRESETS[policy], **chosen}

@@ -169,6 +169,9 @@ class Report:
     budget_bytes: int
     planned_bytes: int
     floor_bytes: int
+    vram_budget_bytes: int | None
+    vram_planned_bytes: int | None
+    vram_peak_bytes: int | None
     peak_rss_bytes: int
     earlier_peak_bytes: int
     phases: dict[str, dict[str, object]]
@@ -221,7 +224,17 @@ class Report:
                 # Such as the conversion on a model's first use: not part of the plan.
                 + (", reached before loading" if self._peaked_earlier else ""),
             ),
+            *self._gpu_rows(),
         ]
+
+    def _gpu_rows(self) -> list[tuple[str, str]]:
+        peak, budget, planned = (
+            self.vram_peak_bytes, self.vram_budget_bytes, self.vram_planned_bytes
+        )  # fmt: skip
+        if peak is None or budget is None or planned is None:
+            return []
+        text = f"peak {format_bytes(peak)} of {format_bytes(budget)} allowed "
+        return [("GPU memory", f"{text}(planned {format_bytes(planned)})")]
 
 
 def percent(share: float | None) -> str:

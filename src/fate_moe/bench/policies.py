@@ -36,8 +36,6 @@ from fate_moe.sim.guesses import make_guesser
 from fate_moe.sim.replay import replay
 from fate_moe.sim.sweep import future_of
 from fate_moe.sim.trace import Step, Trace
-from fate_moe.store.format import read_manifest
-from fate_moe.store.reader import FileReader
 from fate_moe.types import Phase, Progress
 
 BOUND = "bound"
@@ -105,6 +103,7 @@ class Form:
         prompt_tokens, new_tokens: of each request.
         warm_ups: requests before those that count.
         settings: further settings of `make_config`.
+        raw_bytes_s: what the link does where no rate is set, if it was measured: for the bound.
     """
 
     policies: tuple[str, ...]
@@ -115,6 +114,7 @@ class Form:
     new_tokens: int
     warm_ups: int
     settings: tuple[tuple[str, object], ...] = ()
+    raw_bytes_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +154,7 @@ class _Spent(NamedTuple):
 
 def run_policies(
     store: Path,
-    prompts: Sequence[str],
+    requests: Sequence[Tensor],
     form: Form,
     out: IO[str],
     on_row: Callable[[Row], None],
@@ -163,12 +163,15 @@ def run_policies(
     """Measure everything, round by round; the bound first.
 
     Args:
-        prompts: texts; each is cut, or repeated, to the form's prompt length.
+        requests: prompts, token ids [1, T] each; see `requests_of`.
         out: receives a line for each row.
     Raises:
         ConfigError: too few prompts; FateError: as `build`.
     """
-    requests = _requests(store, prompts, form)
+    if len(requests) <= form.warm_ups:
+        raise ConfigError(
+            f"prompts: {len(requests)}, of which {form.warm_ups} warm up; need one more at least"
+        )
     rows: list[Row] = []
 
     def take(row: Row) -> None:
@@ -193,11 +196,12 @@ def run_policies(
     return rows
 
 
-def _requests(store: Path, prompts: Sequence[str], form: Form) -> list[Tensor]:
-    if len(prompts) <= form.warm_ups:
-        raise ConfigError(
-            f"prompts: {len(prompts)}, of which {form.warm_ups} warm up; need one more at least"
-        )
+def requests_of(store: Path, prompts: Sequence[str], form: Form) -> list[Tensor]:
+    """Return the token ids of texts, each cut, or repeated, to the form's prompt length.
+
+    Raises:
+        ConfigError: one of them is empty.
+    """
     tokenizer: Any = load_tokenizer(store)
     requests = []
     for text in prompts:
@@ -218,8 +222,7 @@ def _open(store: Path, form: Form, policy: str, budget: float | None, link: floa
     config = make_config(name, **settings)
     if link is None:
         return build(store, config)
-    reader = FileReader(store, read_manifest(store))
-    return build(store, config, reader=ThrottledReader(reader, link))
+    return build(store, config, slowed=partial(ThrottledReader, bytes_s=link))
 
 
 def _measure(
@@ -266,14 +269,17 @@ def _answer(engine: Engine, ids: Tensor, new_tokens: int) -> _Spent:
     model: Any = engine.model
     cache, moved = new_cache(model), engine.mover.telemetry
     began_s, began = time.perf_counter(), moved.bytes_demand + moved.bytes_speculated
+    ids = ids.to(engine.blueprint.device)
     for piece in torch.split(ids, chunk_sizes(ids.shape[1], engine.chunk_tokens), dim=1):
         logits = model(
             input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=1
         ).logits
+    logits.flatten()[:1].tolist()  # a GPU is done, too
     read_s, read = time.perf_counter(), moved.bytes_demand + moved.bytes_speculated
     for _ in range(new_tokens):
         token = logits[:, -1:].argmax(dim=-1)
         logits = model(input_ids=token, past_key_values=cache, use_cache=True).logits
+    logits.flatten()[:1].tolist()
     end_s, end = time.perf_counter(), moved.bytes_demand + moved.bytes_speculated
     return _Spent(read_s - began_s, end_s - read_s, read - began, end - read)
 
@@ -298,8 +304,9 @@ def _bounds(store: Path, requests: Sequence[Tensor], form: Form) -> Iterator[Row
     for budget in form.budgets:
         moved = _fewest_bytes(trace, steps, budget) / len(steps)
         for link in form.links:
-            if link is not None:
-                rate = 1 / max(token_s, moved / link)
+            bytes_s = form.raw_bytes_s if link is None else link
+            if bytes_s is not None:
+                rate = 1 / max(token_s, moved / bytes_s)
                 yield Row(_COMPUTED, BOUND, budget, link, None, rate, None, None, None, moved, None)
 
 

@@ -37,6 +37,11 @@ class ThrottledReader:
         return self._inner.mode
 
     @property
+    def any_size(self) -> bool:
+        """As of the reader inside."""
+        return self._inner.any_size
+
+    @property
     def batch_bytes(self) -> int:
         """As of the reader inside."""
         return self._inner.batch_bytes

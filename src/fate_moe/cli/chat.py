@@ -28,6 +28,7 @@ def chat(
     seed: options.Seed = None,
     system: options.System = None,
     ram: options.Ram = None,
+    vram: options.Vram = None,
     experts: options.Experts = None,
     context: options.Context = None,
     policy: options.Policy = DEFAULT_POLICY,
@@ -58,7 +59,8 @@ def chat(
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     engine, tokenizer = open_engine(
         model, revision, cache_dir,
-        policy=policy, ram=ram, experts=experts, context_tokens=context, predictor=predictor,
+        policy=policy, ram=ram, vram=vram, experts=experts, context_tokens=context,
+        predictor=predictor,
         percentile=percentile, window=window, cache=cache, allocation=allocation,
         compute=compute, dtype=dtype, **options.two_bits(int2_share),
         threads=threads, io_threads=io_threads, verify=verify,

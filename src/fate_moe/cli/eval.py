@@ -121,6 +121,7 @@ def evaluate(
     compare: Compare = None,
     out: Out = Path("fate-eval"),
     ram: options.Ram = None,
+    vram: options.Vram = None,
     experts: options.Experts = None,
     context: options.Context = None,
     policy: options.Policy = DEFAULT_POLICY,
@@ -158,7 +159,7 @@ def evaluate(
             _check_out(out)
         wanted = _tasks(text, tokens, sequence, continuation, questions, limit, json_prompts)
         settings = {
-            "ram": ram, "experts": experts, "context_tokens": context,
+            "ram": ram, "vram": vram, "experts": experts, "context_tokens": context,
             "compute": compute, "dtype": dtype,
             "threads": threads,
         }  # fmt: skip

@@ -60,6 +60,7 @@ def generate(
     system: options.System = None,
     raw: Raw = False,
     ram: options.Ram = None,
+    vram: options.Vram = None,
     experts: options.Experts = None,
     context: options.Context = None,
     policy: options.Policy = DEFAULT_POLICY,
@@ -96,7 +97,8 @@ def generate(
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     engine, tokenizer = open_engine(
         model, revision, cache_dir,
-        policy=policy, ram=ram, experts=experts, context_tokens=context, predictor=predictor,
+        policy=policy, ram=ram, vram=vram, experts=experts, context_tokens=context,
+        predictor=predictor,
         percentile=percentile, window=window, cache=cache, allocation=allocation,
         compute=compute, dtype=dtype, **options.two_bits(int2_share),
         threads=threads, io_threads=io_threads, verify=verify,

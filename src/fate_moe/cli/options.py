@@ -56,6 +56,15 @@ Ram = Annotated[
         "Default: 75% of it.",
     ),
 ]
+Vram = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        rich_help_panel=MEMORY,
+        help="Compute on the GPU and take at most this much of its memory: 8GiB, or 50% of what is "
+        "free. Default: no GPU.",
+    ),
+]
 Experts = Annotated[
     str | None,
     typer.Option(
@@ -124,8 +133,9 @@ Compute = Annotated[
     str | None,
     typer.Option(
         rich_help_panel=STAGES,
-        help="auto, native or eager. native: compiled kernels, activations in 8 bits. eager: "
-        "torch, the reference. auto: native where it was built.",
+        help="auto, native, triton or eager. native: compiled kernels, activations in 8 bits. "
+        "triton: kernels on a GPU. eager: torch, the reference. auto: triton on a GPU, else native "
+        "where it was built.",
     ),
 ]
 Int2Share = Annotated[

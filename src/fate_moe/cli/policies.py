@@ -101,6 +101,8 @@ def policies(
     rounds: Rounds = 3,
     threads: options.Threads = None,
     compute: options.Compute = None,
+    vram: options.Vram = None,
+    ram: options.Ram = None,
     cache_dir: options.CacheDir = None,
     out: Out = Path("fate-policies"),
     json_out: JsonOut = False,
@@ -121,14 +123,15 @@ def policies(
         fate bench policies ./my-store --policies demand,tuned --experts 10%,30%,50%,70%,90%
     """
     form = _form(names, budgets, links, rounds, prompt_tokens, new_tokens, warm_ups)
-    form = _with(form, threads=threads, compute=compute)
+    form = _with(form, threads=threads, compute=compute, vram=vram, ram=ram)
     texts = read_prompts(prompts, limit) if prompts else list(_OWN_PROMPTS)
     with TerminalProgress() as progress, open_out(out) as lines:
-        from fate_moe.bench.policies import run_policies
+        from fate_moe.bench.policies import requests_of, run_policies
         from fate_moe.engine.prepare import find_store
 
         store = find_store(model, cache_dir=cache_dir or default_cache_dir(), progress=progress)
-        rows = run_policies(store, texts, form, lines, _tell, progress)
+        requests = requests_of(store, texts, form)
+        rows = run_policies(store, requests, form, lines, _tell, progress)
     _show(rows, out, f"{store.name}: {form.prompt_tokens} tokens read, {new_tokens} written",
           json_out)  # fmt: skip
 

@@ -55,6 +55,7 @@ def trace(
     out: Out = Path("fate.trace"),
     max_new_tokens: options.MaxNewTokens = 128,
     ram: options.Ram = None,
+    vram: options.Vram = None,
     experts: options.Experts = None,
     context: options.Context = None,
     policy: options.Policy = DEFAULT_POLICY,
@@ -87,7 +88,8 @@ def trace(
         raise ConfigError(f"out: {out.parent}: there is no such folder")
     engine, tokenizer = open_engine(
         model, revision, cache_dir,
-        policy=policy, ram=ram, experts=experts, context_tokens=context, predictor=predictor,
+        policy=policy, ram=ram, vram=vram, experts=experts, context_tokens=context,
+        predictor=predictor,
         percentile=percentile, window=_ALWAYS, compute=compute, dtype=dtype, threads=threads,
     )  # fmt: skip
     try:

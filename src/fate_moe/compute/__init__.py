@@ -1,5 +1,6 @@
 """RUN THEM. The reference path, and the native one that follows it."""
 
+from fate_moe.compute import gpu
 from fate_moe.compute.eager import EagerExperts, ExpertMath, RoutedSum
 from fate_moe.compute.native import GateForm, NativeExperts, can_compute
 from fate_moe.compute.precision import LowExperts, make_low_experts
@@ -12,5 +13,6 @@ __all__ = [
     "NativeExperts",
     "RoutedSum",
     "can_compute",
+    "gpu",
     "make_low_experts",
 ]

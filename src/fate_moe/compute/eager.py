@@ -71,7 +71,7 @@ class EagerExperts:
 
         Args:
             x: tokens, [T, D].
-            topk_ids: chosen experts, [T, K] int64, distinct within a row.
+            topk_ids: chosen experts, [T, K] int64, distinct within a row; in the host's memory.
             topk_weights: their weights, [T, K].
             arriving: the distinct chosen experts as they land.
         """

@@ -14,11 +14,13 @@ from fate_moe.compute import (
     NativeExperts,
     RoutedSum,
     can_compute,
+    gpu,
     make_low_experts,
 )
 from fate_moe.engine.plan import Blueprint
 from fate_moe.errors import ConfigError, FormatError
 from fate_moe.memory import Arena
+from fate_moe.memory.device import DeviceArena
 from fate_moe.models.gate_form import find_gate_form
 from fate_moe.models.seam import MoESite
 from fate_moe.moe import MoELayer
@@ -34,8 +36,8 @@ class ComputePath:
     """How experts are computed, for `mode:`.
 
     Attributes:
-        name: native or eager.
-        detail: the instruction set, or why it is not native; empty where eager was asked for.
+        name: native, triton or eager.
+        detail: the instruction set or the card, or why it is eager; empty where that was asked for.
     """
 
     name: str
@@ -47,7 +49,7 @@ def attach(
     sites: list[MoESite],
     predictor: Predictor,
     mover: Mover,
-    arena: Arena,
+    arena: Arena | DeviceArena,
 ) -> tuple[ComputePath, list[MoELayer]]:
     """Let the model of `sites` compute its experts from the arena's slots.
 
@@ -55,7 +57,7 @@ def attach(
         How they are computed, and the layers, [L].
     Raises:
         FormatError: a layer's records are not what the manifest says.
-        NativeUnavailable, ConfigError: native was asked for and cannot be had.
+        NativeUnavailable, ConfigError: a path was asked for and cannot be had.
     """
     layers = blueprint.manifest.layers
     layouts: dict[str, RecordLayout] = {}
@@ -65,8 +67,14 @@ def attach(
             layouts[same] = RecordLayout.from_json(entry.layout)
         _check(blueprint, entry, layouts[same])
     own = [layouts[json.dumps(entry.layout, sort_keys=True)] for entry in layers]
-    path = _choose(blueprint.config.compute.compute, sites, own)
-    if path.name == "native":
+    asked = blueprint.config.compute.compute
+    if isinstance(arena, DeviceArena):
+        path = _choose_on_gpu(asked, sites, own, arena.memory.device)
+    else:
+        path = _choose(asked, sites, own)
+    if path.name == "triton" and isinstance(arena, DeviceArena):
+        sums = _triton_sums(sites, own, arena)
+    elif path.name == "native" and isinstance(arena, Arena):
         sums = _native_sums(sites, own, arena)
     else:
         sums = _eager_sums(sites, own, arena)
@@ -85,6 +93,8 @@ def attach(
 def _choose(asked: str, sites: list[MoESite], layouts: list[RecordLayout]) -> ComputePath:
     if asked == "eager":
         return ComputePath("eager")
+    if asked == "triton":
+        raise ConfigError("compute: triton computes on a GPU; name how much of it: --vram SIZE")
     why = ""
     if not native.is_available():
         why = f"no native core: {native.why_missing}"
@@ -98,6 +108,37 @@ def _choose(asked: str, sites: list[MoESite], layouts: list[RecordLayout]) -> Co
         native.core()  # if it is missing, its own error says what to install
         raise ConfigError(f"compute: native cannot be had: {why}; leave it at auto")
     return ComputePath("eager", why)
+
+
+def _choose_on_gpu(
+    asked: str, sites: list[MoESite], layouts: list[RecordLayout], device: torch.device
+) -> ComputePath:
+    if asked == "eager":
+        return ComputePath("eager")
+    if asked == "native":
+        raise ConfigError("compute: native computes on the processor; leave --vram out")
+    why = gpu.why_missing()
+    if not why and not all(gpu.can_compute(layout) for layout in layouts):
+        why = "the GPU's kernels read experts of 4 bits"
+    elif not why and any(find_gate_form(site.experts) is None for site in sites):
+        why = "the GPU's kernels do not know this family's activation"
+    if not why:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        return ComputePath("triton", name)
+    if asked == "triton":
+        raise ConfigError(f"compute: triton cannot be had: {why}; leave it at auto")
+    return ComputePath("eager", why)
+
+
+def _triton_sums(
+    sites: list[MoESite], layouts: list[RecordLayout], arena: DeviceArena
+) -> list[RoutedSum]:
+    forms = [find_gate_form(site.experts) for site in sites]
+    return [
+        gpu.GpuExperts(layout, form, arena.memory)
+        for layout, form in zip(layouts, forms, strict=True)
+        if form is not None  # `_choose_on_gpu` has looked
+    ]
 
 
 def _native_sums(
@@ -114,7 +155,9 @@ def _native_sums(
     return sums
 
 
-def _eager_sums(sites: list[MoESite], layouts: list[RecordLayout], arena: Arena) -> list[RoutedSum]:
+def _eager_sums(
+    sites: list[MoESite], layouts: list[RecordLayout], arena: Arena | DeviceArena
+) -> list[RoutedSum]:
     return [
         EagerExperts(
             partial(decode, layout),

@@ -18,10 +18,10 @@ from fate_moe.cache import ExpertTable, make_cache
 from fate_moe.cache.allocation import Regions
 from fate_moe.config import Config
 from fate_moe.engine.attach import attach
+from fate_moe.engine.device import open_slots
 from fate_moe.engine.handle import Engine
 from fate_moe.engine.plan import Blueprint, computes_natively, draw
 from fate_moe.errors import ConfigError, FormatError
-from fate_moe.memory import Arena
 from fate_moe.models.kv_cache import chunks_continue
 from fate_moe.models.load import load_residents
 from fate_moe.models.quantized import use_native
@@ -41,6 +41,7 @@ def build(
     *,
     progress: Progress = no_progress,
     reader: RecordReader | None = None,
+    slowed: Callable[[RecordReader], RecordReader] = lambda reader: reader,
 ) -> Engine:
     """Load a store's model and attach an engine to it.
 
@@ -49,6 +50,7 @@ def build(
         config: the user's choices.
         progress: told about loading and preloading.
         reader: stands in for the store's own reader, for tests of slow and failing disks.
+        slowed: gets what fills the slots, from disk or the host's memory, and returns what shall.
     Raises:
         FateError: as `plan.draw`; ReadError when a preloaded expert cannot be read.
     """
@@ -57,17 +59,17 @@ def build(
     if config.compute.threads is not None:
         torch.set_num_threads(config.compute.threads)
     progress("loading the model", 0, 1)
-    model, sites = load_residents(store, blueprint.skeleton, blueprint.dtype)
+    model, sites = load_residents(store, blueprint.skeleton, blueprint.dtype, blueprint.device)
     progress("loading the model", 1, 1)
     _check_sites(blueprint, sites)
     predictor = make_predictor(config.predict, _known(blueprint, sites))
     regions, spare = blueprint.share_out(predictor.width)
-    reader = reader or _open_reader(blueprint)
-    arena = Arena(blueprint.memory.slots, blueprint.memory.demands.slot_bytes)
+    arena, reader = open_slots(blueprint, reader or _open_reader(blueprint), progress)
+    reader = slowed(reader)
     mover = Mover(
         ExpertTable(regions, spare, partial(make_cache, config.cache.cache)),
         reader,
-        arena.view,
+        arena,
         [layer.record_bytes for layer in blueprint.manifest.layers],
         io_threads=config.prefetch.io_threads,
         window=config.prefetch.window,
@@ -101,17 +103,21 @@ def build(
 
 def _known(blueprint: Blueprint, sites: list[MoESite]) -> Known:
     maps = read_fitted(blueprint.store, blueprint.manifest, blueprint.skeleton.hidden)
-    top_k = blueprint.skeleton.top_k
-    early, late = ([_router_of(one, top_k, stage) for one in maps[stage]] for stage in STAGES)
+    top_k, device = blueprint.skeleton.top_k, blueprint.device
+    early, late = (
+        [_router_of(one, top_k, stage, device) for one in maps[stage]] for stage in STAGES
+    )
     return Known(
         [site.askable for site in sites], [site.num_experts for site in sites], early, late
     )
 
 
-def _router_of(one: Map | None, top_k: int, stage: str) -> FittedRouter | None:
+def _router_of(
+    one: Map | None, top_k: int, stage: str, device: torch.device
+) -> FittedRouter | None:
     if one is None:
         return None
-    weight, bias = torch.from_numpy(one.weight), torch.from_numpy(one.bias)
+    weight, bias = (torch.from_numpy(part).to(device) for part in (one.weight, one.bias))
     return FittedRouter(weight, bias, top_k, is_normed=stage == "late")
 
 

@@ -6,6 +6,7 @@ figure is an upper bound; `tests/gates` compares the sum with the peak that a ru
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -34,6 +35,9 @@ _MARGIN_BYTES = 48 * 2**20  # allocator slack, thread stacks, libraries loaded l
 # and the model's dtype, 12 bytes a weight over half a byte. Unquantized: at most a cast.
 _UNPACKED = {4: 24, 8: 12, 16: 3, 32: 2}
 _FLOOR_SLOTS = 3  # two in their regions and one spare: the least that still overlaps
+
+CONTEXT_BYTES = 2**30
+"""What a CUDA driver, its libraries and their workspaces take of a card, at most."""
 
 Shapes = list[tuple[int, ...]]
 
@@ -84,6 +88,45 @@ def demands_of(
         num_experts=sum(layer.num_experts for layer in manifest.layers),
         floor_slots=_FLOOR_SLOTS,
     )
+
+
+def tiers_of(
+    store: Path,
+    need: Demands,
+    manifest: Manifest,
+    skeleton: Skeleton,
+    dtype: torch.dtype,
+    threads: int,
+) -> tuple[Demands, Demands]:
+    """Split what a run needs between a GPU and its host.
+
+    Args:
+        need: as of `demands_of`.
+        threads: that read from disk, each with room for one record.
+    Returns:
+        Of the GPU, where the slots are; of the host, whose "slots" are records in pinned memory.
+    """
+    header = read_header(store / manifest.resident.file)
+    # Matrices in codes are unpacked, one after the other: a GPU has no use for codes there.
+    sizes = [prod(shape) * dtype.itemsize for shape in record_shapes(header, skeleton.module)]
+    widest = max(max(shape[1:]) for layer in manifest.layers for shape in layer.params.values())
+    parts_bytes = need.chunk_tokens * skeleton.top_k * widest * dtype.itemsize
+    device = replace(
+        need,
+        base_bytes=CONTEXT_BYTES,
+        weights_bytes=need.weights_bytes + sum(sizes),
+        load_bytes=_MARGIN_BYTES,
+        workspace_bytes=need.workspace_bytes + parts_bytes,
+    )
+    host = replace(
+        need,
+        weights_bytes=0,
+        load_bytes=need.weights_bytes + need.load_bytes + 2 * max(sizes, default=0),
+        kv_bytes=0,
+        workspace_bytes=_MARGIN_BYTES,
+        floor_slots=threads,
+    )
+    return device, host
 
 
 def context_tokens(limits: Limits, skeleton: Skeleton) -> int:

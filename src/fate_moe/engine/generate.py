@@ -166,7 +166,7 @@ class Conversation:
     ) -> list[int]:
         if sampling.seed is not None:
             torch.manual_seed(sampling.seed)
-        tokens = torch.tensor([ids])
+        tokens = torch.tensor([ids], device=self.engine.blueprint.device)
         greedy = sampling.temperature == 0
         choice: dict[str, float] = {}
         if not greedy:  # nothing but what the user named: no top-k of 50

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from fate_moe.engine.attach import ComputePath
+from fate_moe.engine.demands import CONTEXT_BYTES
 from fate_moe.engine.plan import Blueprint
 from fate_moe.models.quantized import is_native
 from fate_moe.models.records import resident_bits
@@ -19,6 +20,11 @@ from fate_moe.store.format import Manifest
 from fate_moe.store.reader import RecordReader
 from fate_moe.telemetry import Report, counts_json, peak_rss_bytes, per_layer_json
 from fate_moe.types import Phase
+
+_REACHED = {
+    "O_DIRECT": "O_DIRECT reads", "buffered": "buffered reads",
+    "pinned": "copies from pinned memory",
+}  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -69,7 +75,7 @@ class Engine:
             f"{config.cache.cache}, allocation {config.cache.allocation})",
             f"experts {_form(blueprint.manifest)}, {self._computed}",
             *self._resident,
-            f"{self.reader.mode} reads",
+            _REACHED[self.reader.mode],
         ]
         if config.compute.int2 == "always":
             parts.append("every expert computed from two bits")
@@ -90,6 +96,8 @@ class Engine:
         path, dtype = self.compute, str(self.blueprint.dtype).removeprefix("torch.")
         if path.name == "native":
             return f"computed natively ({path.detail}, activations INT8), the rest in {dtype}"
+        if path.name == "triton":
+            return f"computed by Triton kernels ({path.detail}), all in {dtype}"
         return f"computed in {dtype}" + (f" ({path.detail})" if path.detail else "")
 
     @property
@@ -106,6 +114,9 @@ class Engine:
         """Say what happened since the engine was built or `reset`."""
         telemetry, table = self.mover.telemetry, self.mover.table
         blueprint, plan = self.blueprint, self.blueprint.memory
+        host = blueprint.host or plan
+        link = blueprint.link
+        vram = plan if link else None
         total = telemetry.total()
         return Report(
             mode=self.mode,
@@ -132,9 +143,12 @@ class Engine:
             working_set=blueprint.skeleton.top_k * len(blueprint.manifest.layers),
             expert_bytes=plan.demands.slot_bytes,
             link_bytes_s=self.mover.link.bytes_per_s,
-            budget_bytes=plan.budget_bytes,
-            planned_bytes=plan.planned_bytes,
-            floor_bytes=plan.floor_bytes,
+            budget_bytes=host.budget_bytes,
+            planned_bytes=host.planned_bytes,
+            floor_bytes=host.floor_bytes,
+            vram_budget_bytes=vram.budget_bytes if vram else None,
+            vram_planned_bytes=vram.planned_bytes if vram else None,
+            vram_peak_bytes=CONTEXT_BYTES + link.peak_bytes() if link else None,
             peak_rss_bytes=peak_rss_bytes(),
             earlier_peak_bytes=self.earlier_peak_bytes,
             phases={phase.value: counts_json(telemetry.total(phase)) for phase in Phase},

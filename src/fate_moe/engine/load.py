@@ -45,8 +45,9 @@ def load(  # noqa: PLR0913 - a model's options, all of them by name
             vocabulary): 4, 8, or 16 for as they are. None: a store as it is, and 16 where one is
             made.
         progress: told about everything that takes long.
-        settings: any field of the config's sections, such as `predictor="none"`, `cache="lru"`,
-            `allocation="even"`, `context_tokens=2048`, `dtype="float32"`, `io_threads=4`.
+        settings: any field of the config's sections, such as `vram="8GiB"` (compute on the GPU),
+            `predictor="none"`, `cache="lru"`, `allocation="even"`, `context_tokens=2048`,
+            `dtype="float32"`, `io_threads=4`.
     Returns:
         An ordinary transformers model whose `fate` attribute is the `Engine`, and its tokenizer.
     Raises:

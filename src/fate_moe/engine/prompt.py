@@ -33,7 +33,7 @@ def read_all_but_last(engine: Engine, kv: Any, ids: Sequence[int], sizes: Sequen
     """
     start = 0
     for size in sizes[:-1]:
-        piece = torch.tensor([list(ids[start : start + size])])
+        piece = torch.tensor([list(ids[start : start + size])], device=engine.blueprint.device)
         engine.model(input_ids=piece, past_key_values=kv, use_cache=True, logits_to_keep=1)
         start += size
 

@@ -65,7 +65,7 @@ class Recorder:
         if router is not None:
             with torch.no_grad():
                 scores, _ = router(gate_input)
-            now.scores[layer, : scores.shape[1]] = scores.float().mean(dim=0).numpy()
+            now.scores[layer, : scores.shape[1]] = scores.float().mean(dim=0).cpu().numpy()
 
     def sharpened(self, guess: Prediction) -> None:
         """See a second guess, which takes the first one's place."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -32,6 +33,14 @@ class Arena:
         size = max(slots * slot_bytes, ALIGNMENT)
         self._bytes = _map(size)
         self._tensor = torch.frombuffer(self._bytes, dtype=torch.uint8)
+
+    @property
+    def memory(self) -> Tensor:
+        """All of it, uint8 [slots * slot_bytes]."""
+        return self._tensor
+
+    def used(self, slots: Sequence[int]) -> None:
+        """Note that slots have been read: a processor is done when it says so."""
 
     def view(self, slot: int) -> memoryview:
         """Return a writable view of one slot, for a reader."""

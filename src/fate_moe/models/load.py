@@ -20,6 +20,7 @@ from torch import nn
 from fate_moe.errors import ModelError
 from fate_moe.models.families import REFUSED
 from fate_moe.models.kv_cache import kv_growth, most_of, new_cache
+from fate_moe.models.quantized import unpack_onto
 from fate_moe.models.records import find_records, is_record
 from fate_moe.models.seam import MoESite, experts_left_out, find_sites
 
@@ -31,6 +32,7 @@ _AUTO_CLASSES = (
 )
 _MAX_CONFIG_BYTES = 1 << 24
 _SMALL_BYTES = 1 << 20
+_HOST = torch.device("cpu")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -153,28 +155,33 @@ def _check_family(folder: Path) -> None:
         raise ModelError(f"{family}: {REFUSED[family]}: not supported; `fate models` lists what is")
 
 
-def choose_dtype(name: str, saved: torch.dtype, natively: bool) -> torch.dtype:
+def choose_dtype(
+    name: str, saved: torch.dtype, natively: bool, on_gpu: bool = False
+) -> torch.dtype:
     """Return the dtype to compute in.
 
-    `auto` keeps the checkpoint's 16-bit type only where torch computes and the processor multiplies
-    it; elsewhere float32, which is faster there, what the native core knows, and a superset. It
-    depends on the machine and the compute path, never on the memory budget, so a budget cannot
-    change a token.
+    `auto` keeps the checkpoint's type on a GPU; on a processor its 16-bit type only where torch
+    computes and the processor multiplies it; elsewhere float32, which is faster there, what the
+    native core knows, and a superset. It depends on the machine and the compute path, never on the
+    memory budget, so a budget cannot change a token.
 
     Args:
         name: auto, or the dtype itself.
         saved: the checkpoint's.
         natively: the native core computes what it can.
+        on_gpu: a GPU does.
     """
     if name != "auto":
         return DTYPES[name]
+    if on_gpu:
+        return saved
     if saved is torch.bfloat16 and not natively and _has_native_bfloat16():
         return torch.bfloat16
     return torch.float32
 
 
 def load_residents(
-    folder: Path, skeleton: Skeleton, dtype: torch.dtype
+    folder: Path, skeleton: Skeleton, dtype: torch.dtype, device: torch.device = _HOST
 ) -> tuple[Any, list[MoESite]]:
     """Load a store's model without its routed experts.
 
@@ -205,10 +212,13 @@ def load_residents(
             )
     own_memory(model, whole=dtype is skeleton.dtype)
     records.load_into(model)
+    if device.type != _HOST.type:
+        unpack_onto(model, device)
+        model.to(device)
     if model.can_generate():
         model.generation_config = generation
     model.eval()
-    return model, find_sites(model, skeleton.hidden, dtype)
+    return model, find_sites(model, skeleton.hidden, dtype, device)
 
 
 def _generation_config(folder: Path, skeleton: Skeleton) -> Any:

@@ -52,7 +52,9 @@ class Halves:
     @torch.no_grad()
     def hidden(self, ids: Tensor, past: Any = None) -> Tensor:
         """Run the body on tokens [B, T], after `past` if given; returns [B, T, D]."""
-        out = self._body(input_ids=ids, past_key_values=past, use_cache=past is not None)
+        out = self._body(
+            input_ids=ids.to(self._model.device), past_key_values=past, use_cache=past is not None
+        )
         hidden: Tensor = out.last_hidden_state
         return hidden
 
@@ -65,7 +67,9 @@ class Halves:
         given = MoeModelOutputWithPast(last_hidden_state=hidden[None])
         self._model._modules[self._name] = _Given(given)
         try:
-            out = self._model(torch.zeros(1, len(hidden), dtype=torch.long), use_cache=False)
+            out = self._model(
+                torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device), use_cache=False
+            )
         finally:
             self._model._modules[self._name] = body
         return torch.log_softmax(out.logits[0].float(), -1)

@@ -192,13 +192,16 @@ class MoESite:
         return module.post_expert_norm(out) if has_norm else out
 
 
-def find_sites(model: nn.Module, hidden: int, dtype: torch.dtype) -> list[MoESite]:
+def find_sites(
+    model: nn.Module, hidden: int, dtype: torch.dtype, device: torch.device
+) -> list[MoESite]:
     """Return the MoE sites of a model built with its experts left out, in model order.
 
     Args:
         hidden: D, to try each router with one token.
-        dtype: of the model's activations.
+        dtype, device: of the model's activations.
     """
+    token = torch.zeros(1, hidden, dtype=dtype, device=device)
     sites = []
     for path, experts in find_experts(model).items():
         block = model.get_submodule(path.rpartition(".")[0])
@@ -208,7 +211,7 @@ def find_sites(model: nn.Module, hidden: int, dtype: torch.dtype) -> list[MoESit
         if isinstance(router, nn.Module):
             constants = _constants(router, block)
             ways = [AskableRouter(router, num_experts, constants, way) for way in (False, True)]
-            askable = next((way for way in ways if _answers(way, hidden, dtype)), None)
+            askable = next((way for way in ways if _answers(way, token)), None)
         layer = _decoder_layer(model, path)
         sites.append(MoESite(path, experts, router, num_experts, askable, layer))
     return sites
@@ -252,10 +255,10 @@ def _constants(router: nn.Module, block: nn.Module) -> tuple[Tensor, ...]:
 
 
 @torch.no_grad()
-def _answers(router: AskableRouter, hidden: int, dtype: torch.dtype) -> bool:
+def _answers(router: AskableRouter, token: Tensor) -> bool:
     # Families differ in what a router takes and returns; asking is safer than a list of names.
     try:
-        scores, topk_ids = router(torch.zeros(1, hidden, dtype=dtype))
+        scores, topk_ids = router(token)
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
         return False
     fits = scores.ndim == topk_ids.ndim == 2 and not topk_ids.is_floating_point()

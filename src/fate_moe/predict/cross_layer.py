@@ -59,7 +59,7 @@ class CrossLayer:
         scores, topk_ids = router(x)  # [T, E], [T, K]
         if topk_ids.shape[0] == 1:
             return self._one_token(layer, scores[0], topk_ids[0], router.num_experts)
-        votes = torch.bincount(topk_ids.flatten(), minlength=router.num_experts)  # [E]
+        votes = torch.bincount(topk_ids.flatten().cpu(), minlength=router.num_experts)  # [E]
         ranked = votes.argsort(descending=True, stable=True)
         core = int((votes > 0).sum())
         named = ranked[:core]

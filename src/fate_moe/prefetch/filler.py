@@ -8,7 +8,8 @@ as long as their read. Callers hold the mover's lock, except for `fill` and `wai
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 from fate_moe.cache.table import Entry
 from fate_moe.prefetch.parts import Parts
@@ -17,25 +18,37 @@ from fate_moe.telemetry import LinkMeter
 from fate_moe.types import ExpertKey, Phase
 
 
+class Slots(Protocol):
+    """Where records go; see `memory.Arena`."""
+
+    def view(self, slot: int) -> Any:
+        """Return the writable bytes of a slot, as the reader fills them."""
+        ...
+
+    def used(self, slots: Sequence[int]) -> None:
+        """Note that all that shall read these slots has been told to."""
+        ...
+
+
 class Filler:
     """Fills the slots of entries from a reader."""
 
     def __init__(
         self,
         reader: RecordReader,
-        slot_view: Callable[[int], memoryview],
+        slots: Slots,
         parts: Parts,
         link: LinkMeter,
     ) -> None:
         """Start with nothing under way.
 
         Args:
-            reader, slot_view: as of `Mover`.
+            reader, slots: as of `Mover`.
             parts: says which bytes an entry's read brings.
             link: told of reads in the background; of the others by whoever calls `fill`.
         """
         self._reader = reader
-        self._slot_view = slot_view
+        self.slots = slots
         self._parts = parts
         self._link = link
         self._batches = reader if isinstance(reader, BatchReader) else None
@@ -45,9 +58,13 @@ class Filler:
         self.under_way: dict[ExpertKey, Entry] = {}  # in the background
 
     def takes(self, phase: Phase | None) -> bool:
-        """Say whether all reads of a phase go on in the background: of small records, in decode."""
-        has_background = self.are_small and self._background is not None
-        return has_background and phase is Phase.DECODE
+        """Say whether all reads of a phase go on in the background.
+
+        Of small records, in decode; or all, where the reader says so.
+        """
+        if self._background is None:
+            return False
+        return self._background.any_size or (self.are_small and phase is Phase.DECODE)
 
     def fill(self, batch: Sequence[Entry]) -> Sequence[Exception | None]:
         """Fill the slots of a batch and return what went wrong with each."""
@@ -101,4 +118,4 @@ class Filler:
             self._background.forget()
 
     def _requests(self, batch: Sequence[Entry]) -> list[Request]:
-        return [self._parts.request(entry, self._slot_view(entry.slot)) for entry in batch]
+        return [self._parts.request(entry, self.slots.view(entry.slot)) for entry in batch]

@@ -118,8 +118,10 @@ class Lease:
 
     def _release_current(self) -> None:
         if self._current:
-            for key in self._current:
-                self._mover.table.unlock(self._held.pop(key))
+            entries = [self._held.pop(key) for key in self._current]
+            self._mover.filler.slots.used([entry.slot for entry in entries])
+            for entry in entries:
+                self._mover.table.unlock(entry)
             self._current = []
             self._place_homeless()
             if not self._homeless:

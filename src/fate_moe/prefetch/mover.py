@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from fate_moe.cache.table import Entry, ExpertTable, Part
 from fate_moe.errors import CacheError
 from fate_moe.prefetch.benefit import Benefit
-from fate_moe.prefetch.filler import Filler
+from fate_moe.prefetch.filler import Filler, Slots
 from fate_moe.prefetch.lease import POLL_S, Lease
 from fate_moe.prefetch.parts import Parts
 from fate_moe.prefetch.queue import ReadQueue
@@ -43,7 +43,7 @@ class Mover:
         self,
         table: ExpertTable,
         reader: RecordReader,
-        slot_view: Callable[[int], memoryview],
+        slots: Slots,
         record_bytes: Sequence[int],
         *,
         io_threads: int,
@@ -56,7 +56,7 @@ class Mover:
         Args:
             table: owns keys and slots.
             reader: fills a buffer with a record.
-            slot_view: gives the writable bytes of a slot.
+            slots: what the table's slots are.
             record_bytes: size of one record of each layer, [L].
             io_threads: how many reads run side by side.
             window: most guesses per layer; None = as many as one layer's computing time covers.
@@ -70,7 +70,7 @@ class Mover:
         self.telemetry = Telemetry(len(record_bytes))
         self.link = LinkMeter()
         self._parts = Parts(record_bytes, head_bytes)
-        self._filler = Filler(reader, slot_view, self._parts, self.link)
+        self.filler = Filler(reader, slots, self._parts, self.link)
         self._queue = ReadQueue(self._parts.bytes)
         lock = threading.RLock()  # the collector may call `close` on a thread that holds it
         self._changed = threading.Condition(lock)  # something landed, or a lease ended
@@ -83,7 +83,7 @@ class Mover:
         self._closed = False
         table.on_drop = self._count_waste
         self._readers = ReaderThreads(
-            io_threads, lock, self._take_batch, self._filler.fill, self._end
+            io_threads, lock, self._take_batch, self.filler.fill, self._end
         )
 
     def guess_level(self, tokens: int) -> int:
@@ -135,13 +135,13 @@ class Mover:
             keys = [ExpertKey(choice.layer, e) for e in choice.experts]
             for stale in self._cancel(lambda key: key not in keys):
                 self._take_back_guess(stale)
-            if choice.phase is Phase.PREFILL:
-                while self._filler.under_way and self._filler.wait(POLL_S):
-                    self._settle_landed()  # from here on the reader threads say what has landed
+            by_itself = self.filler.takes(choice.phase)
+            while not by_itself and self.filler.under_way and self.filler.wait(POLL_S):
+                self._settle_landed()  # from here on the reader threads say what has landed
             self._settle_landed()
             self._count(choice, keys)
             self.table.begin(choice)
-            together = len(keys) if choice.phase is Phase.DECODE else 1
+            together = len(keys) if by_itself or choice.phase is Phase.DECODE else 1
             return Lease(self, choice, keys, together)
 
     def end_lease(self) -> None:
@@ -165,16 +165,16 @@ class Mover:
                 self._queue.push_demand(entry)
                 self.telemetry.bytes_preloaded += self._parts.bytes(entry)
             self._readers.wake()
+            self.start_reads()
             while any(not entry.resident for entry in entries):
-                for entry in entries:
-                    if entry.key in self._failed:
-                        raise self._failed.pop(entry.key)
+                for key in self._failed.keys() & {entry.key for entry in entries}:
+                    raise self._failed.pop(key)
                 tick(sum(entry.resident for entry in entries))
-                self._changed.wait(0.1)
+                self.wait(0.1)
         tick(len(entries))
 
     def reset(self) -> None:
-        """Set all counts to zero; residents stay, guesses that nobody asked for so far go."""
+        """Set all counts to zero; residents stay, guesses nobody has asked for go."""
         with self.section:
             self._settle_landed()
             for entry in self._cancel(lambda key: True):
@@ -221,13 +221,13 @@ class Mover:
         self.start_reads()
 
     def start_reads(self) -> None:
-        """Begin in the background what is queued, where small records come in that way."""
-        if self._filler.takes(self._turns.phase):
-            self._filler.start(self._queue.take_all())
+        """Begin in the background what is queued, where it comes in that way."""
+        if self.filler.takes(self._turns.phase):
+            self.filler.start(self._queue.take_all())
 
     def wait(self, most_s: float) -> bool:
         """Wait until a read has landed or failed; False after `most_s`."""
-        filler, failures = self._filler, list[Exception | None]()
+        filler, failures = self.filler, list[Exception | None]()
         batch = self._queue.take_demands(filler.batch_bytes) if self._reads_here() else []
         if not batch and not filler.under_way:
             return self._changed.wait(most_s)
@@ -273,7 +273,7 @@ class Mover:
 
     def abandon(self, entry: Entry) -> None:
         """End a lease on an expert that was not computed; an unstarted read is withdrawn."""
-        if (self._queue.withdraw(entry.key) or self._filler.withdraw(entry.key)) is None:
+        if (self._queue.withdraw(entry.key) or self.filler.withdraw(entry.key)) is None:
             entry.then_rest = False
             self.table.unlock(entry)
         elif entry.guessed and entry.part is not Part.REST:
@@ -287,7 +287,7 @@ class Mover:
     def _demand(self, entry: Entry) -> None:
         self._queue.push_demand(entry)
         self.telemetry.bytes_demand += self._parts.bytes(entry)
-        if not self._reads_here():
+        if not (self._reads_here() or self.filler.takes(self._turns.phase)):
             self._readers.wake()
 
     def _guess(self, entry: Entry) -> None:
@@ -295,14 +295,14 @@ class Mover:
         self.telemetry.guesses += 1
         self.telemetry.bytes_speculated += self._parts.bytes(entry)
         self._wishes.spend()
-        if not self._filler.takes(self._turns.phase):
+        if not self.filler.takes(self._turns.phase):
             self._readers.wake()
 
     def _cancel(self, unwanted: Callable[[ExpertKey], bool]) -> list[Entry]:
         """Take back the guesses that are `unwanted` and have not begun."""
-        under_way = self._filler.under_way.items()
+        under_way = self.filler.under_way.items()
         started = [key for key, entry in under_way if not entry.used and unwanted(key)]
-        found = [self._filler.withdraw(key) for key in started]
+        found = [self.filler.withdraw(key) for key in started]
         return self._queue.cancel(unwanted) + [entry for entry in found if entry is not None]
 
     def _take_back_guesses(self, prediction: Prediction) -> None:
@@ -333,7 +333,7 @@ class Mover:
 
     def _start_anew(self) -> None:
         self._queue = ReadQueue(self._parts.bytes)
-        self._filler.forget()
+        self.filler.forget()
         while self._readers.reading and self._changed.wait(POLL_S):
             pass  # slots of the old table are still being filled
         self.link.active = 0  # the torn section may have left reads of its own uncounted
@@ -360,10 +360,10 @@ class Mover:
 
     def _reads_here(self) -> bool:
         # In prefill computing one expert takes longer than reading the next.
-        return self._filler.are_small and self._turns.phase is Phase.DECODE
+        return self.filler.are_small and self._turns.phase is Phase.DECODE
 
     def _take_batch(self) -> list[Entry]:
-        batch = self._queue.take(self._filler.batch_bytes)
+        batch = self._queue.take(self.filler.batch_bytes)
         self._begin(batch)
         if self._queue:
             self._readers.wake()
@@ -381,7 +381,7 @@ class Mover:
 
     def _settle_landed(self) -> None:
         """Take in what came in by itself since the last time."""
-        for entry, failure in self._filler.landed():
+        for entry, failure in self.filler.landed():
             self._settle(entry, failure)
 
     def _settle(self, entry: Entry, failure: Exception | None) -> None:

@@ -6,6 +6,7 @@ All of it, its INT2 head, or the rest, which makes a head whole. Pure.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from fate_moe.cache.table import Entry, Part
 from fate_moe.store.reader import Request
@@ -37,8 +38,9 @@ class Parts:
         has_head = self._head_bytes[layer] < self.record_bytes[layer]
         return Part.HEAD if low and has_head else Part.WHOLE
 
-    def request(self, entry: Entry, slot: memoryview) -> Request:
-        """Describe the read that fills an entry's slot."""
+    def request(self, entry: Entry, slot: Any) -> Request:
+        """Describe the read that fills an entry's slot, given all of the slot's bytes."""
         length = self.bytes(entry)
         start = self._head_bytes[entry.key.layer] if entry.part is Part.REST else 0
-        return Request(entry.key, slot[start : start + length], start, length)
+        urgent = entry.locks > 0 or not entry.guessed
+        return Request(entry.key, slot[start : start + length], start, length, urgent)

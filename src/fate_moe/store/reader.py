@@ -25,7 +25,8 @@ from fate_moe.store.header import read_header
 from fate_moe.store.layer_file import LayerFile, address_of
 from fate_moe.types import ExpertKey
 
-Mode = Literal["O_DIRECT", "buffered"]
+Mode = Literal["O_DIRECT", "buffered", "pinned"]
+"""From disk past the page cache, from disk, or from memory that a GPU copies from."""
 
 _DEPTH = 64  # reads under way in one call of the native core
 TOGETHER_BYTES = 128 << 10
@@ -73,6 +74,7 @@ class Request:
     buffer: memoryview
     start: int = 0
     length: int | None = None
+    urgent: bool = True  # someone waits for it
 
 
 @runtime_checkable
@@ -95,6 +97,11 @@ class BackgroundReader(BatchReader, Protocol):
 
     One thread at a time may call what is named here; at most one read of a record is under way.
     """
+
+    @property
+    def any_size(self) -> bool:
+        """Whether all reads, also large ones, are best left to go on by themselves."""
+        ...
 
     def start(self, requests: Sequence[Request]) -> None:
         """Begin reads, first come first served; returns at once, needs `batch_bytes` > 0."""
@@ -120,6 +127,9 @@ class BackgroundReader(BatchReader, Protocol):
 class FileReader:
     """A BackgroundReader over the layer files of a store folder.
 
+    Attributes:
+        any_size: never: a large read is as quick by a thread that waits for it.
+
     Args:
         folder: the store.
         manifest: its manifest.
@@ -130,6 +140,8 @@ class FileReader:
     Raises:
         FormatError: a layer file is missing or is not what the manifest says.
     """
+
+    any_size = False
 
     def __init__(
         self,

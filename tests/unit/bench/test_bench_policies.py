@@ -10,7 +10,15 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from fate_moe import native
-from fate_moe.bench.policies import ABLATION, BOUND, Form, Row, parse_policy, run_policies
+from fate_moe.bench.policies import (
+    ABLATION,
+    BOUND,
+    Form,
+    Row,
+    parse_policy,
+    requests_of,
+    run_policies,
+)
 from fate_moe.bench.policies_present import link_text, markdown, plot
 from fate_moe.bench.throttle import ThrottledReader
 from fate_moe.cli import app
@@ -98,9 +106,8 @@ def test_reads_in_the_background_share_the_link_and_can_be_withdrawn_until_their
 def rows(tiny_store: Path) -> list[Row]:
     out = io.StringIO()
     told: list[Row] = []
-    found = run_policies(
-        tiny_store, ["abc", "hello there", "x"], FORM, out, told.append, no_progress
-    )
+    requests = requests_of(tiny_store, ["abc", "hello there", "x"], FORM)
+    found = run_policies(tiny_store, requests, FORM, out, told.append, no_progress)
     assert told == found
     assert [json.loads(line)["policy"] for line in out.getvalue().splitlines()] == [
         row.policy for row in found
@@ -161,8 +168,9 @@ def test_a_table_and_a_plot(rows: list[Row], tmp_path: Path) -> None:
 
 
 def test_too_few_prompts_are_one_line(tiny_store: Path) -> None:
+    requests = requests_of(tiny_store, ["abc"], FORM)
     with pytest.raises(ConfigError, match="prompts: 1, of which 1 warm up; need one more"):
-        run_policies(tiny_store, ["abc"], FORM, io.StringIO(), lambda row: None, no_progress)
+        run_policies(tiny_store, requests, FORM, io.StringIO(), lambda row: None, no_progress)
 
 
 def test_a_policy_with_settings_changed() -> None:

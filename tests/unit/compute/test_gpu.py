@@ -83,8 +83,7 @@ def routing(tokens: int, experts: int, k: int, hidden: int) -> tuple[Tensor, Ten
 
 
 def run(both: Both, x: Tensor, ids: Tensor, weights: Tensor, arriving: list) -> Tensor:  # type: ignore[type-arg]
-    on = [part.to(DEVICE) for part in (x, ids, weights.to(x.dtype))]
-    return both.gpu(*on, arriving).cpu()
+    return both.gpu(x.to(DEVICE), ids, weights.to(DEVICE, x.dtype), arriving).cpu()
 
 
 def check(

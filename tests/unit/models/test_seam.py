@@ -85,7 +85,7 @@ class Block(nn.Module):
 
 
 def site_of(block: Block) -> MoESite:
-    site = find_sites(nn.ModuleDict({"mlp": block}), 8, torch.float32)[0]
+    site = find_sites(nn.ModuleDict({"mlp": block}), 8, torch.float32, torch.device("cpu"))[0]
     assert site.path == "mlp.experts"
     assert site.router is block.gate
     return site

@@ -25,11 +25,14 @@ class Bench:
         self.memory = bytearray(RECORD * (sum(capacities) + spare))
         table = ExpertTable(Regions.per_layer(capacities), spare, lambda c: make_cache("lru", c))
         self.mover = Mover(
-            table, self.reader, self.view, [RECORD] * len(capacities), io_threads=2, window=window
+            table, self.reader, self, [RECORD] * len(capacities), io_threads=2, window=window
         )
 
     def view(self, slot: int) -> memoryview:
         return memoryview(self.memory)[slot * RECORD : (slot + 1) * RECORD]
+
+    def used(self, slots: Sequence[int]) -> None:
+        """Plain memory has been read when it has been read."""
 
     def use(self, layer: int, experts: Sequence[int], guess: Prediction | None = None) -> list[int]:
         """Run one layer's turn; check every slot's bytes; return the order of arrival."""
@@ -462,7 +465,7 @@ def test_a_second_guess_has_what_the_first_left_of_the_window(bench: Callable[..
 def test_how_much_is_guessed_follows_what_pays(bench: Callable[..., Bench]) -> None:
     b = bench([1, 1], 2)
     free = Mover(
-        b.mover.table, b.reader, b.view, [RECORD] * 2, io_threads=1, window=None, guess_levels=3
+        b.mover.table, b.reader, b, [RECORD] * 2, io_threads=1, window=None, guess_levels=3
     )
     try:
         levels = set()
@@ -475,9 +478,7 @@ def test_how_much_is_guessed_follows_what_pays(bench: Callable[..., Bench]) -> N
         assert levels == {0, 1, 2}
     finally:
         free.close()
-    fixed = Mover(
-        b.mover.table, b.reader, b.view, [RECORD] * 2, io_threads=1, window=5, guess_levels=3
-    )
+    fixed = Mover(b.mover.table, b.reader, b, [RECORD] * 2, io_threads=1, window=5, guess_levels=3)
     fixed.benefit.level = 0
     assert fixed.guess_level(1) == 2
     fixed.close()

@@ -19,6 +19,8 @@ class FakeBackgroundReader(FakeBatchReader):
     What has not begun can be withdrawn.
     """
 
+    any_size = False
+
     def __init__(self) -> None:
         super().__init__()
         self.at_once = 2
@@ -178,7 +180,7 @@ def test_prefill_has_reader_threads_and_waits_for_what_is_on_its_way(bench: Benc
     bench.mover.speculate(guess(1, 1, 2, 3))
     pieces = bench.use(1, [1, 5, 6], phase=Phase.PREFILL)
     assert sorted(chain.from_iterable(pieces)) == [1, 5, 6]
-    assert not bench.mover._filler.under_way
+    assert not bench.mover.filler.under_way
     assert bench.mover.telemetry.total(Phase.PREFILL).hits == 1
     bench.use(0, [1, 2], guess(1, 8), phase=Phase.PREFILL)
     assert not bench.reader.begun

@@ -73,12 +73,15 @@ class Bench:
         self.memory = bytearray(RECORD * (sum(capacities) + spare))
         table = ExpertTable(Regions.per_layer(capacities), spare, lambda c: make_cache("lru", c))
         self.mover = Mover(
-            table, self.reader, self.view, [RECORD] * len(capacities), io_threads=2, window=99,
+            table, self.reader, self, [RECORD] * len(capacities), io_threads=2, window=99,
             head_bytes=[HEAD] * len(capacities),
         )  # fmt: skip
 
     def view(self, slot: int) -> memoryview:
         return memoryview(self.memory)[slot * RECORD : (slot + 1) * RECORD]
+
+    def used(self, slots: Sequence[int]) -> None:
+        """Plain memory has been read when it has been read."""
 
     def use(
         self,

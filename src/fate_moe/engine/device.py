@@ -1,0 +1,135 @@
+"""Where are the slots, and what fills them?
+
+Without `--vram` they lie in the host's memory and are read into from disk. With it they lie on the
+GPU: above pinned memory that holds all records, if `--ram` has room for that, else above the disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+from torch import Tensor
+
+from fate_moe.engine.plan import Blueprint
+from fate_moe.memory import Arena
+from fate_moe.memory.device import DeviceArena, Link
+from fate_moe.prefetch.copies import CopyEngine, StagedReader
+from fate_moe.store.reader import RecordReader
+from fate_moe.types import ExpertKey, Progress
+
+
+class PinnedRecords:
+    """All records of a store, each layer's in an allocation of its own that a GPU copies from."""
+
+    def __init__(self, experts: Sequence[int], record_bytes: Sequence[int], link: Link) -> None:
+        """Make room.
+
+        Args:
+            experts: of each layer, [L].
+            record_bytes: of one record of each layer, [L].
+            link: locks the memory.
+        Raises:
+            CacheError: the system lets this process lock no more.
+        """
+        self._link = link
+        self._arenas: list[Arena] = []
+        try:
+            for count, size in zip(experts, record_bytes, strict=True):
+                self._arenas.append(_pinned(link, count, size))
+        except BaseException:
+            self.close()
+            raise
+
+    def load(self, reader: RecordReader, threads: int, progress: Progress) -> None:
+        """Read everything.
+
+        Raises:
+            ReadError: a record cannot be read.
+        """
+        keys = [
+            ExpertKey(layer, expert)
+            for layer, arena in enumerate(self._arenas)
+            for expert in range(arena.slots)
+        ]
+
+        def read(key: ExpertKey) -> None:
+            reader.read_into(key, self._arenas[key.layer].view(key.expert))
+
+        progress("reading experts", 0, len(keys))
+        with ThreadPoolExecutor(threads) as pool:
+            try:
+                for done, _ in enumerate(pool.map(read, keys), 1):
+                    progress("reading experts", done, len(keys))
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def part(self, key: ExpertKey, start: int, length: int | None) -> Tensor:
+        """Return bytes [start, start + length) of a record; the rest of it if None."""
+        end = None if length is None else start + length
+        return self._arenas[key.layer].tensor(key.expert)[start:end]
+
+    def record_bytes(self, layer: int) -> int:
+        """Bytes of one record of MoE layer `layer`."""
+        return self._arenas[layer].slot_bytes
+
+    def close(self) -> None:
+        """Give the memory back; a second call does nothing."""
+        while self._arenas:
+            self._link.unpin(self._arenas.pop())
+
+
+def open_slots(
+    blueprint: Blueprint, reader: RecordReader, progress: Progress
+) -> tuple[Arena | DeviceArena, RecordReader]:
+    """Make the slots of a run, and what fills them.
+
+    Args:
+        reader: of the store; closed by closing what is returned, or at once if this fails.
+    Raises:
+        ReadError: a record cannot be read; CacheError: no more memory can be locked.
+    """
+    memory, link, host = blueprint.memory, blueprint.link, blueprint.host
+    slots, slot_bytes = memory.slots, memory.demands.slot_bytes
+    if link is None or host is None:
+        return Arena(slots, slot_bytes), reader
+    try:
+        arena = DeviceArena(slots, slot_bytes, link)
+        threads = blueprint.config.prefetch.io_threads
+        if host.slots < sum(blueprint.experts):
+            rooms: list[Arena] = []
+            return arena, StagedReader(
+                reader, arena, link, partial(_stage, link, slot_bytes, rooms),
+                partial(_unpin_all, link, rooms),
+            )  # fmt: skip
+        sizes = [layer.record_bytes for layer in blueprint.manifest.layers]
+        records = PinnedRecords(blueprint.experts, sizes, link)
+        try:
+            records.load(reader, threads, progress)
+        except BaseException:
+            records.close()
+            raise
+    except BaseException:
+        reader.close()
+        raise
+    reader.close()
+    return arena, CopyEngine(records, arena, link)
+
+
+def _stage(link: Link, slot_bytes: int, rooms: list[Arena]) -> tuple[memoryview, Tensor]:
+    room = _pinned(link, 1, slot_bytes)
+    rooms.append(room)
+    return room.view(0), room.tensor(0)
+
+
+def _unpin_all(link: Link, rooms: list[Arena]) -> None:
+    while rooms:
+        link.unpin(rooms.pop())
+
+
+def _pinned(link: Link, slots: int, slot_bytes: int) -> Arena:
+    arena = Arena(slots, slot_bytes)
+    link.pin(arena)
+    return arena

@@ -1,0 +1,223 @@
+"""How does a record get from the host's memory into a slot of a GPU?
+
+Where all records lie in pinned memory, by copies that nobody but the card works on (`CopyEngine`);
+else from disk, through a piece of pinned memory of each reader thread (`StagedReader`). What a
+router asked for never queues behind guesses that have not begun.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from fate_moe.errors import ReadError
+from fate_moe.store.background import Landed
+from fate_moe.store.reader import Mode, RecordReader, Request
+from fate_moe.types import ExpertKey
+
+Mark = Any
+
+AHEAD_BYTES = 16 << 20
+"""Guesses that the card has been told to copy: those behind them can still be taken back."""
+
+
+class Slots(Protocol):
+    """Slots on a device; see `memory.device.DeviceArena`."""
+
+    def fill(self, part: Any, source: Any, urgent: bool) -> Mark:
+        """Begin to fill a part of a slot, once nothing reads the slot any more."""
+        ...
+
+
+class Clock(Protocol):
+    """How far the device is; see `memory.device.Link`."""
+
+    def age_s(self, mark: Mark) -> float | None:
+        """Seconds since a mark was passed; None while it was not."""
+        ...
+
+    def wait(self, mark: Mark) -> None:
+        """Wait until a mark is passed."""
+        ...
+
+
+class Records(Protocol):
+    """All records, in memory that a device can copy from."""
+
+    def part(self, key: ExpertKey, start: int, length: int | None) -> Any:
+        """Return bytes [start, start + length) of a record; the rest of it if None."""
+        ...
+
+    def record_bytes(self, layer: int) -> int:
+        """Bytes of one record of MoE layer `layer`."""
+        ...
+
+    def close(self) -> None:
+        """Give the memory back."""
+        ...
+
+
+class CopyEngine:
+    """A BackgroundReader of records in pinned memory; reads of any size go on by themselves."""
+
+    any_size = True
+    batch_bytes = 0
+    mode: Mode = "pinned"
+
+    def __init__(
+        self, records: Records, slots: Slots, clock: Clock, ahead_bytes: int = AHEAD_BYTES
+    ) -> None:
+        """Start with nothing under way.
+
+        Args:
+            records: all there are.
+            slots: to fill; a Request's buffer is what they take for a part of a slot.
+            clock: of the same device.
+            ahead_bytes: guesses that the card is told to copy before it is done with others.
+        """
+        self._ahead_bytes = ahead_bytes
+        self._records = records
+        self._slots = slots
+        self._clock = clock
+        self._begun: dict[ExpertKey, tuple[Mark, int]] = {}  # how many bytes of guesses
+        self._waiting: deque[Request] = deque()
+        self._guessed_bytes = 0  # of those that have begun
+
+    def record_bytes(self, layer: int) -> int:
+        """Bytes of one record of MoE layer `layer`."""
+        return self._records.record_bytes(layer)
+
+    def start(self, requests: Sequence[Request]) -> None:
+        """Begin copies: demands now, guesses as far as the card has few to make."""
+        for request in requests:
+            if request.urgent:
+                self._begin(request, 0)
+            else:
+                self._waiting.append(request)
+        self._begin_guesses()
+
+    def withdraw(self, key: ExpertKey) -> bool:
+        """Take a copy back that has not begun; see BackgroundReader."""
+        found = next((one for one in self._waiting if one.key == key), None)
+        if found is None:
+            return False
+        self._waiting.remove(found)
+        return True
+
+    def landed(self) -> list[Landed]:
+        """Return what came in since the last call."""
+        found = []
+        for key, (mark, guessed_bytes) in list(self._begun.items()):
+            age_s = self._clock.age_s(mark)
+            if age_s is not None:
+                del self._begun[key]
+                self._guessed_bytes -= guessed_bytes
+                found.append(Landed(key, None, age_s))
+        self._begin_guesses()
+        return found
+
+    def wait(self, most_s: float) -> bool:
+        """Wait until `landed` has something to say; False without a copy under way.
+
+        For the oldest demand, if there is one. A copy that has begun comes to an end.
+        """
+        self._begin_guesses()
+        marks = self._begun.values()
+        mark = next((m for m, guessed_bytes in marks if not guessed_bytes), None)
+        if mark is None:
+            mark = next((m for m, _ in marks), None)
+        if mark is None:
+            return False
+        self._clock.wait(mark)
+        return True
+
+    def forget(self) -> None:
+        """Take back what has not begun and wait for what has; see BackgroundReader."""
+        self._waiting.clear()
+        for mark, _ in self._begun.values():
+            self._clock.wait(mark)
+        self._begun.clear()
+        self._guessed_bytes = 0
+
+    def read_into(
+        self, key: ExpertKey, buffer: Any, start: int = 0, length: int | None = None
+    ) -> None:
+        """Copy and wait for it; see RecordReader."""
+        self._clock.wait(self._slots.fill(buffer, self._records.part(key, start, length), True))
+
+    def read_many(self, requests: Sequence[Request]) -> list[ReadError | None]:
+        """Copy all and wait for them; see BatchReader."""
+        for one in requests:
+            self.read_into(one.key, one.buffer, one.start, one.length)
+        return [None] * len(requests)
+
+    def close(self) -> None:
+        """Wait for what is under way and give the records back."""
+        self.forget()
+        self._records.close()
+
+    def _begin(self, request: Request, guessed_bytes: int) -> None:
+        source = self._records.part(request.key, request.start, request.length)
+        mark = self._slots.fill(request.buffer, source, request.urgent)
+        self._begun[request.key] = mark, guessed_bytes
+        self._guessed_bytes += guessed_bytes
+
+    def _begin_guesses(self) -> None:
+        while self._waiting and self._guessed_bytes < self._ahead_bytes:
+            request = self._waiting.popleft()
+            self._begin(request, request.length or self.record_bytes(request.key.layer))
+
+
+class StagedReader:
+    """A RecordReader into a device's slots, through pinned memory that another reader fills."""
+
+    def __init__(
+        self,
+        inner: RecordReader,
+        slots: Slots,
+        clock: Clock,
+        stage: Callable[[], tuple[memoryview, Any]],
+        free: Callable[[], None],
+    ) -> None:
+        """Wrap a reader.
+
+        Args:
+            inner: fills memory of the host.
+            slots, clock: as of `CopyEngine`.
+            stage: makes room for one record, as a reader fills it and as `slots` take it; called
+                once by each thread that reads.
+            free: gives all that room back.
+        """
+        self._inner = inner
+        self._slots = slots
+        self._clock = clock
+        self._stage = stage
+        self._free = free
+        self._own = threading.local()
+
+    @property
+    def mode(self) -> Mode:
+        """As of the reader inside."""
+        return self._inner.mode
+
+    def record_bytes(self, layer: int) -> int:
+        """As of the reader inside."""
+        return self._inner.record_bytes(layer)
+
+    def read_into(
+        self, key: ExpertKey, buffer: Any, start: int = 0, length: int | None = None
+    ) -> None:
+        """Read into this thread's room, copy from there, and return when it has arrived."""
+        if not hasattr(self._own, "room"):
+            self._own.room = self._stage()
+        view, source = self._own.room
+        count = self.record_bytes(key.layer) - start if length is None else length
+        self._inner.read_into(key, view[:count], start, count)
+        self._clock.wait(self._slots.fill(buffer, source[:count], True))
+
+    def close(self) -> None:
+        """Close the reader inside and give the room back; no thread may be reading."""
+        self._inner.close()
+        self._free()
