@@ -172,6 +172,9 @@ class Report:
     vram_budget_bytes: int | None
     vram_planned_bytes: int | None
     vram_peak_bytes: int | None
+    host_capacity: int | None
+    host_hits: int | None
+    host_misses: int | None
     peak_rss_bytes: int
     earlier_peak_bytes: int
     phases: dict[str, dict[str, object]]
@@ -234,7 +237,14 @@ class Report:
         if peak is None or budget is None or planned is None:
             return []
         text = f"peak {format_bytes(peak)} of {format_bytes(budget)} allowed "
-        return [("GPU memory", f"{text}(planned {format_bytes(planned)})")]
+        rows = [("GPU memory", f"{text}(planned {format_bytes(planned)})")]
+        if self.host_hits is not None and self.host_misses is not None:
+            reads = self.host_hits + self.host_misses
+            text = f"{self.host_capacity} of {self.experts_total} experts"
+            rows.append(
+                ("pinned memory", f"{text}, {self.host_hits} of {reads} reads found theirs")
+            )
+        return rows
 
 
 def percent(share: float | None) -> str:

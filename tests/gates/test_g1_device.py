@@ -22,7 +22,8 @@ from fate_moe.engine.prepare import convert_model
 from fate_moe.errors import BudgetError, ConfigError, ReadError
 from fate_moe.memory.device import CudaLink, DeviceArena, Link
 from fate_moe.models.load import load_tokenizer
-from fate_moe.prefetch.copies import CopyEngine, StagedReader
+from fate_moe.prefetch.copies import CopyEngine
+from fate_moe.prefetch.staged import StagedReader
 from fate_moe.store.format import read_manifest
 from fate_moe.store.reader import FileReader
 from fate_moe.types import ExpertKey
@@ -151,7 +152,7 @@ def test_records_that_find_no_room_in_memory_come_from_disk(
     monkeypatch.setattr("fate_moe.engine.plan.tiers_of", large)
     with pytest.raises(BudgetError, match="ram: have 1.0 MiB") as error:
         on_device(compute="eager", ram="1MiB")
-    ram = error.value.floor_bytes + (4 << 20)
+    ram = error.value.floor_bytes + (160 << 20)
     engine = on_device(compute="eager", experts="25%", window=8, ram=ram)
     host = engine.blueprint.host
     assert host is not None
@@ -160,6 +161,13 @@ def test_records_that_find_no_room_in_memory_come_from_disk(
     assert same(outcome(engine, tiny_store, 8), whole)
     assert engine.report().misses > 0 < engine.report().guesses
     assert "reads" in engine.mode
+    report = engine.report()
+    assert report.host_capacity == host.slots - 4
+    assert report.host_hits is not None
+    assert report.host_misses is not None
+    assert report.host_hits > 0
+    assert report.host_misses > report.host_capacity  # so some were evicted
+    assert "pinned memory" in dict(report.rows())
 
 
 def test_a_slow_link_changes_nothing(on_device: Open, tiny_store: Path) -> None:

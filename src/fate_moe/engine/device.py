@@ -1,23 +1,29 @@
 """Where are the slots, and what fills them?
 
 Without `--vram` they lie in the host's memory and are read into from disk. With it they lie on the
-GPU: above pinned memory that holds all records, if `--ram` has room for that, else above the disk.
+GPU: above pinned memory that holds all records, if `--ram` has room for that, else as many as fit,
+above the disk.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 from torch import Tensor
 
+from fate_moe.cache import make_cache
 from fate_moe.engine.plan import Blueprint
 from fate_moe.memory import Arena
 from fate_moe.memory.device import DeviceArena, Link
-from fate_moe.prefetch.copies import CopyEngine, StagedReader
+from fate_moe.prefetch.copies import CopyEngine
+from fate_moe.prefetch.staged import HostCache, Room, StagedReader
 from fate_moe.store.reader import RecordReader
 from fate_moe.types import ExpertKey, Progress
+
+_HOST_POLICY = "lfru"
+"""Of what lies between a GPU and the disk: it sees what the GPU's own cache misses, and on real
+traces it keeps the most of that (docs/experiments.md)."""
 
 
 class PinnedRecords:
@@ -99,11 +105,7 @@ def open_slots(
         arena = DeviceArena(slots, slot_bytes, link)
         threads = blueprint.config.prefetch.io_threads
         if host.slots < sum(blueprint.experts):
-            rooms: list[Arena] = []
-            return arena, StagedReader(
-                reader, arena, link, partial(_stage, link, slot_bytes, rooms),
-                partial(_unpin_all, link, rooms),
-            )  # fmt: skip
+            return arena, _staged(reader, arena, link, host.slots - threads, slot_bytes)
         sizes = [layer.record_bytes for layer in blueprint.manifest.layers]
         records = PinnedRecords(blueprint.experts, sizes, link)
         try:
@@ -118,15 +120,26 @@ def open_slots(
     return arena, CopyEngine(records, arena, link)
 
 
-def _stage(link: Link, slot_bytes: int, rooms: list[Arena]) -> tuple[memoryview, Tensor]:
-    room = _pinned(link, 1, slot_bytes)
-    rooms.append(room)
-    return room.view(0), room.tensor(0)
+def _staged(
+    reader: RecordReader, arena: DeviceArena, link: Link, places: int, slot_bytes: int
+) -> StagedReader:
+    kept = _pinned(link, places, slot_bytes)
+    arenas = [kept]
 
+    def stage() -> Room:
+        own = _pinned(link, 1, slot_bytes)
+        arenas.append(own)
+        return own.view(0), own.tensor(0)
 
-def _unpin_all(link: Link, rooms: list[Arena]) -> None:
-    while rooms:
-        link.unpin(rooms.pop())
+    def free() -> None:
+        while arenas:
+            link.unpin(arenas.pop())
+
+    def room(place: int) -> Room:
+        return kept.view(place), kept.tensor(place)
+
+    cache = HostCache(places, make_cache(_HOST_POLICY, places), room)
+    return StagedReader(reader, arena, link, cache, stage, free)
 
 
 def _pinned(link: Link, slots: int, slot_bytes: int) -> Arena:

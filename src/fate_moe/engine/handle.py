@@ -16,6 +16,7 @@ from fate_moe.models.records import resident_bits
 from fate_moe.moe import MoELayer
 from fate_moe.predict import Router
 from fate_moe.prefetch.mover import Mover
+from fate_moe.prefetch.staged import StagedReader
 from fate_moe.store.format import Manifest
 from fate_moe.store.reader import RecordReader
 from fate_moe.telemetry import Report, counts_json, peak_rss_bytes, per_layer_json
@@ -117,6 +118,7 @@ class Engine:
         host = blueprint.host or plan
         link = blueprint.link
         vram = plan if link else None
+        kept = self.reader.cache if isinstance(self.reader, StagedReader) else None
         total = telemetry.total()
         return Report(
             mode=self.mode,
@@ -148,6 +150,9 @@ class Engine:
             floor_bytes=host.floor_bytes,
             vram_budget_bytes=vram.budget_bytes if vram else None,
             vram_planned_bytes=vram.planned_bytes if vram else None,
+            host_capacity=kept.places if kept else None,
+            host_hits=kept.hits if kept else None,
+            host_misses=kept.misses if kept else None,
             vram_peak_bytes=CONTEXT_BYTES + link.peak_bytes() if link else None,
             peak_rss_bytes=peak_rss_bytes(),
             earlier_peak_bytes=self.earlier_peak_bytes,

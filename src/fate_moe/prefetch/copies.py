@@ -1,20 +1,18 @@
 """How does a record get from the host's memory into a slot of a GPU?
 
-Where all records lie in pinned memory, by copies that nobody but the card works on (`CopyEngine`);
-else from disk, through a piece of pinned memory of each reader thread (`StagedReader`). What a
-router asked for never queues behind guesses that have not begun.
+By copies that nobody but the card works on, where all records lie in pinned memory (where they do
+not, see `staged`). What a router asked for never queues behind guesses that have not begun.
 """
 
 from __future__ import annotations
 
-import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from fate_moe.errors import ReadError
 from fate_moe.store.background import Landed
-from fate_moe.store.reader import Mode, RecordReader, Request
+from fate_moe.store.reader import Mode, Request
 from fate_moe.types import ExpertKey
 
 Mark = Any
@@ -23,7 +21,7 @@ AHEAD_BYTES = 16 << 20
 """Guesses that the card has been told to copy: those behind them can still be taken back."""
 
 
-class Slots(Protocol):
+class DeviceSlots(Protocol):
     """Slots on a device; see `memory.device.DeviceArena`."""
 
     def fill(self, part: Any, source: Any, urgent: bool) -> Mark:
@@ -67,7 +65,7 @@ class CopyEngine:
     mode: Mode = "pinned"
 
     def __init__(
-        self, records: Records, slots: Slots, clock: Clock, ahead_bytes: int = AHEAD_BYTES
+        self, records: Records, slots: DeviceSlots, clock: Clock, ahead_bytes: int = AHEAD_BYTES
     ) -> None:
         """Start with nothing under way.
 
@@ -168,56 +166,3 @@ class CopyEngine:
         while self._waiting and self._guessed_bytes < self._ahead_bytes:
             request = self._waiting.popleft()
             self._begin(request, request.length or self.record_bytes(request.key.layer))
-
-
-class StagedReader:
-    """A RecordReader into a device's slots, through pinned memory that another reader fills."""
-
-    def __init__(
-        self,
-        inner: RecordReader,
-        slots: Slots,
-        clock: Clock,
-        stage: Callable[[], tuple[memoryview, Any]],
-        free: Callable[[], None],
-    ) -> None:
-        """Wrap a reader.
-
-        Args:
-            inner: fills memory of the host.
-            slots, clock: as of `CopyEngine`.
-            stage: makes room for one record, as a reader fills it and as `slots` take it; called
-                once by each thread that reads.
-            free: gives all that room back.
-        """
-        self._inner = inner
-        self._slots = slots
-        self._clock = clock
-        self._stage = stage
-        self._free = free
-        self._own = threading.local()
-
-    @property
-    def mode(self) -> Mode:
-        """As of the reader inside."""
-        return self._inner.mode
-
-    def record_bytes(self, layer: int) -> int:
-        """As of the reader inside."""
-        return self._inner.record_bytes(layer)
-
-    def read_into(
-        self, key: ExpertKey, buffer: Any, start: int = 0, length: int | None = None
-    ) -> None:
-        """Read into this thread's room, copy from there, and return when it has arrived."""
-        if not hasattr(self._own, "room"):
-            self._own.room = self._stage()
-        view, source = self._own.room
-        count = self.record_bytes(key.layer) - start if length is None else length
-        self._inner.read_into(key, view[:count], start, count)
-        self._clock.wait(self._slots.fill(buffer, source[:count], True))
-
-    def close(self) -> None:
-        """Close the reader inside and give the room back; no thread may be reading."""
-        self._inner.close()
-        self._free()
