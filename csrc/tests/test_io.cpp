@@ -107,6 +107,7 @@ void test_failed_neighbour(Reads& reads, const std::string& way, int fd) {
 // Every read that is not withdrawn is reported once, with its bytes; one that is, never.
 void test_courier(const std::string& way, const int* fds, unsigned seed) {
   std::mt19937 random(seed);
+  std::vector<std::uint8_t> whole(kFileBytes);  // outlives the courier, whose end waits for a read
   fate::Courier courier(Reads::make(way, 16), 16 << 10);
   expect(!courier.wait(0.01) && courier.landed().empty(), "nothing was asked for", way);
   for (int round = 0; round < 30; ++round) {
@@ -142,13 +143,16 @@ void test_courier(const std::string& way, const int* fds, unsigned seed) {
       }
     for (const int one : left) expect(one == 0, "reported once, or withdrawn", way);
   }
-  std::vector<std::uint8_t> memory(kFileBytes);
-  courier.start({{7, {fds[0], 0, memory.data(), memory.size()}}, {8, {fds[0], 0, memory.data(), 9}}});
+  const Read large{fds[0], 0, whole.data(), whole.size()};
+  std::vector<std::pair<std::uint64_t, Read>> many;
+  for (std::uint64_t id = 0; id < 40; ++id) many.push_back({id, large});
+  courier.start(many);
   courier.drain();
-  const std::vector<std::uint8_t> before = memory;
-  expect(courier.landed().size() < 2 && !courier.wait(0.01), "what was to be forgotten", way);
-  expect(memory == before, "memory is written to after the drain", way);
-  courier.start({{7, {fds[0], 0, memory.data(), memory.size()}}});  // its end waits for this one
+  const std::vector<std::uint8_t> before = whole;
+  courier.landed();  // what had begun
+  expect(!courier.withdraw(39) && !courier.wait(0.01), "what was to be forgotten", way);
+  expect(whole == before, "memory is written to after the drain", way);
+  courier.start({{7, large}});  // its end waits for this one
 }
 
 }  // namespace
