@@ -8,23 +8,26 @@ Sections, each as far as the minutes last; what was left out is named:
                against its matrix products, with experts made up in the shapes of real models
     gates      the tests of tests/gates and tests/unit/compute that run on a card
     sanitizer  the kernels' tests under compute-sanitizer, where there is one
-    policies   demand, path, fate and tuned, smolmoe and a made-up Qwen1.5-MoE, over budgets and
-               links, beside the bound: the fewest bytes over the link, or everything resident
+    policies   demand, path, fate and tuned, on a made-up Qwen1.5-MoE and on each --store, over
+               budgets and links, beside the bound: the fewest bytes over the link, or everything
+               resident
 
-Prints a table last and writes JSON; exits with 2 where there is no CUDA card, with 1 where a gate
-or the sanitizer found something.
+Writes JSON as it goes and prints a table last; exits with 2 where there is no CUDA card, with 1
+where a section failed.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -40,7 +43,6 @@ from fate_moe.bench.synthetic import write_store
 from fate_moe.compute.eager import EagerExperts
 from fate_moe.compute.gpu import GpuExperts
 from fate_moe.compute.native import GateForm
-from fate_moe.engine.prepare import find_store
 from fate_moe.models.gate_form import apply_gate
 from fate_moe.models.load import read_skeleton
 from fate_moe.quant.codec import decode, decode_int2, encode
@@ -49,6 +51,7 @@ from fate_moe.types import no_progress
 
 ROOT = Path(__file__).parents[1]
 FORM = GateForm("SILU")
+SHAPE = "qwen1.5-moe-a2.7b"
 GIB = 2**30
 
 
@@ -248,31 +251,18 @@ def pytest(before: list[str], tests: list[str], most_s: float) -> str:
     return lines[-1] if done.returncode == 0 else f"failed: {lines[-1]}"
 
 
-def policies(top: dict[str, float], clock: Clock, folder: Path) -> dict[str, object]:
-    """Measure policies on smolmoe and a made-up Qwen1.5-MoE, cell by cell while time lasts."""
-    found: dict[str, object] = {}
-    stores = {
-        "smolmoe": lambda: find_store("smolmoe", cache_dir=folder / "cache"),
-        "qwen1.5-moe-a2.7b": partial(made_up, "qwen1.5-moe-a2.7b", folder / "qwen"),
-    }
+def policies(
+    top: dict[str, float], clock: Clock, stores: Sequence[Path], note: Note
+) -> dict[str, object]:
+    """Measure policies cell by cell while time lasts."""
     cells = [(b, link) for b in (0.25, 0.5, 0.1, 0.75, 0.9) for link in (None, 16e9, 32e9)]
-    opened: dict[str, Path] = {}
     for budget, link in cells:
-        for name, open_store in stores.items():
+        for store in stores:
             rate = "link as it is" if link is None else f"{link / 1e9:.0f} GB/s"
-            what = f"{name}, {budget:.0%}, {rate}"
-            if clock.is_over(what):
-                continue
-            if name not in opened:
-                opened[name] = open_store()
-            found |= cell(opened[name], what, budget, link, top)
-    return found
-
-
-def made_up(shape: str, out: Path) -> Path:
-    """Write the store of a shape."""
-    write_store(find_shape(shape), out)
-    return out
+            what = f"{store.name}, {budget:.0%}, {rate}"
+            if not clock.is_over(what):
+                note(cell(store, what, budget, link, top))
+    return {}
 
 
 def cell(
@@ -287,8 +277,7 @@ def cell(
     words = read_skeleton(store).vocabulary
     torch.manual_seed(0)
     requests = [torch.randint(3, words, (1, form.prompt_tokens)) for _ in range(2)]
-    with (store.parent / "rows.jsonl").open("a", encoding="utf-8") as lines:
-        rows = run_policies(store, requests, form, lines, lambda row: None, no_progress)
+    rows = run_policies(store, requests, form, io.StringIO(), lambda row: None, no_progress)
     found: dict[str, object] = {}
     for row in rows:
         read = "" if row.prefill_tok_s is None else f"prefill {row.prefill_tok_s:.0f}, "
@@ -317,24 +306,33 @@ class Clock:
         return over
 
 
+Note = Callable[[dict[str, object]], None]
 SECTIONS = ("kernels", "gates", "sanitizer", "policies")
 
 
-def check(names: list[str], clock: Clock, folder: Path) -> dict[str, object]:
-    """Run sections; returns what was found, by what it is of."""
+def check(names: list[str], clock: Clock, stores: Sequence[Path], note: Note) -> None:
+    """Run sections; `note` is told what is found, by what it is of, as it is found."""
     top = ceilings()
-    found: dict[str, object] = dict(top)
-    runs: dict[str, Callable[[], dict[str, object]]] = {
-        "kernels": partial(kernels, top, clock),
-        "gates": partial(gates, clock),
-        "sanitizer": partial(sanitizer, clock),
-        "policies": partial(policies, top, clock, folder),
-    }
-    for name in names:
-        if not clock.is_over(name):
+    note(dict(top))
+    with TemporaryDirectory(prefix="fate-gpu-") as folder:
+        made_up = Path(folder) / SHAPE
+        runs: dict[str, Callable[[], dict[str, object]]] = {
+            "kernels": partial(kernels, top, clock),
+            "gates": partial(gates, clock),
+            "sanitizer": partial(sanitizer, clock),
+            "policies": partial(policies, top, clock, [made_up, *stores], note),
+        }
+        for name in names:
+            if clock.is_over(name):
+                continue
             print(f"{name} ...", file=sys.stderr, flush=True)
-            found |= runs[name]()
-    return found
+            try:
+                if name == "policies":
+                    write_store(find_shape(SHAPE), made_up)
+                note(runs[name]())
+            except Exception as error:  # noqa: BLE001 - the other sections are worth their minutes
+                traceback.print_exc()
+                note({name: f"failed: {error!r:.300}"})
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -344,6 +342,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("gpu_check.json"), help="The JSON file.")
     parser.add_argument("--minutes", type=float, default=8.0, help="About how long it may take.")
+    parser.add_argument(
+        "--store", type=Path, action="append", default=[], help="Measure policies on it, too."
+    )
     parser.add_argument("--only", default=",".join(SECTIONS), help="Sections, with commas between.")
     asked = parser.parse_args(arguments)
     names = asked.only.split(",")
@@ -354,12 +355,18 @@ def main(arguments: list[str] | None = None) -> int:
         print("gpu_check: no CUDA card here, or torch is a CPU build", file=sys.stderr)
         return 2
     clock = Clock(asked.minutes)
-    with TemporaryDirectory(prefix="fate-gpu-") as folder:
-        found = check(names, clock, Path(folder))
-    head = {"card": torch.cuda.get_device_name(), "torch": torch.__version__,
-            "transformers": transformers.__version__}  # fmt: skip
-    asked.out.write_text(json.dumps({**head, **found, "left_out": clock.left_out}, indent=1))
-    rows = [*head.items(), *found.items(), *(("left out", what) for what in clock.left_out)]
+    found: dict[str, object] = {
+        "card": torch.cuda.get_device_name(), "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }  # fmt: skip
+
+    def note(more: dict[str, object]) -> None:
+        found.update(more)
+        asked.out.write_text(json.dumps({**found, "left_out": clock.left_out}, indent=1))
+
+    check(names, clock, asked.store, note)
+    note({})
+    rows = [*found.items(), *(("left out", what) for what in clock.left_out)]
     for name, value in rows:
         print(f"{name:58} {value:.4g}" if isinstance(value, float) else f"{name:58} {value}")
     return int(any(str(value).startswith("failed") for value in found.values()))

@@ -93,6 +93,8 @@ def make_plan(limits: Limits, need: Demands, available_bytes: int, what: str = "
     """
     limit = limits.vram if what == "vram" else limits.ram
     budget = limit.of(available_bytes) if limit else int(available_bytes * AVAILABLE_SHARE)
+    if what == "vram":  # a card has no swap, and others may have taken some of it
+        budget = min(budget, available_bytes)
     floor = _peak_bytes(need, need.floor_slots)
     if budget < floor:
         raise BudgetError(

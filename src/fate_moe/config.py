@@ -147,7 +147,7 @@ class Limits:
     Attributes:
         ram: the whole process; None = three quarters of what is available now.
         vram: all that the process takes of a GPU; None = no GPU.
-        experts: expert slots alone; None = what `ram` leaves.
+        experts: expert slots alone; None = what `ram`, or on a GPU `vram`, leaves.
         context_tokens: prompt and answer together; None = the model's limit, at most 4096.
         scored_tokens: tokens whose scores over the vocabulary are held at once.
     """

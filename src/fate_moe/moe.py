@@ -84,7 +84,7 @@ class MoELayer:
             beside: what else there is to compute; nothing. Done once needs are announced, so while
                 threads read missing experts (small ones in decode wait: see `Mover`).
         """
-        topk_ids = topk_ids.cpu()  # the one time that the host waits for a GPU
+        topk_ids = topk_ids.cpu()  # here the host waits for a GPU
         with self._mover.lease(self._choice(topk_ids)) as arriving:
             self._mover.speculate(self._guess)  # after the demand: a guess only gets idle link time
             beside()

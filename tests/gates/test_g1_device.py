@@ -13,14 +13,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from fate_moe.bench.likelihood import Likelihood
+from fate_moe.bench.tasks import divergence
 from fate_moe.bench.throttle import ThrottledReader
+from fate_moe.budget import MemoryPlan, make_plan
 from fate_moe.config import DEFAULT_POLICY, make_config
 from fate_moe.engine import Engine, build
+from fate_moe.engine.calibrate import calibrate
 from fate_moe.engine.demands import tiers_of
 from fate_moe.engine.device import PinnedRecords
+from fate_moe.engine.generate import Conversation, Sampling
 from fate_moe.engine.prepare import convert_model
 from fate_moe.errors import BudgetError, ConfigError, ReadError
-from fate_moe.memory.device import CudaLink, DeviceArena, Link
+from fate_moe.memory.device import Card, CudaCard, DeviceArena
 from fate_moe.models.load import load_tokenizer
 from fate_moe.prefetch.copies import CopyEngine
 from fate_moe.prefetch.staged import StagedReader
@@ -28,7 +33,7 @@ from fate_moe.store.format import read_manifest
 from fate_moe.store.reader import FileReader
 from fate_moe.types import ExpertKey
 from tests import tiny
-from tests.links import FakeLink
+from tests.cards import FakeCard
 
 ON_CARD = torch.cuda.is_available()
 PROMPT = "Fate streams experts."
@@ -37,9 +42,9 @@ Outcome = tuple[Tensor, list[int]]
 
 
 @pytest.fixture
-def link(monkeypatch: pytest.MonkeyPatch) -> Link:
-    one: Link = CudaLink() if ON_CARD else FakeLink()
-    monkeypatch.setattr("fate_moe.engine.plan.open_link", lambda: one)
+def card(monkeypatch: pytest.MonkeyPatch) -> Card:
+    one: Card = CudaCard() if ON_CARD else FakeCard()
+    monkeypatch.setattr("fate_moe.engine.plan.open_card", lambda: one)
     return one
 
 
@@ -47,7 +52,7 @@ Open = Callable[..., Engine]
 
 
 @pytest.fixture
-def on_device(link: Link, tiny_store: Path) -> Iterator[Open]:
+def on_device(card: Card, tiny_store: Path) -> Iterator[Open]:
     """Build engines that compute on the device, and close them."""
     engines: list[Engine] = []
 
@@ -66,7 +71,7 @@ def on_device(link: Link, tiny_store: Path) -> Iterator[Open]:
     yield make
     for engine in engines:
         engine.close()
-    assert not getattr(link, "pinned", [])
+    assert not getattr(card, "pinned", [])
 
 
 def outcome(engine: Engine, store: Path, new_tokens: int, prompt: str = PROMPT) -> Outcome:
@@ -170,7 +175,9 @@ def test_records_that_find_no_room_in_memory_come_from_disk(
     assert "pinned memory" in dict(report.rows())
 
 
-def test_a_slow_link_changes_nothing(on_device: Open, tiny_store: Path) -> None:
+def test_a_slow_link_changes_nothing(
+    on_device: Open, tiny_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = outcome(on_device(policy="resident", compute="eager"), tiny_store, 8)
     slowed = partial(ThrottledReader, bytes_s=4e6)
     engine = on_device(compute="eager", experts="40%", window=8, slowed=slowed)
@@ -178,9 +185,37 @@ def test_a_slow_link_changes_nothing(on_device: Open, tiny_store: Path) -> None:
     report = engine.report()
     assert report.late > 0 < report.stall_s
     assert report.link_bytes_s == pytest.approx(4e6, rel=0.3)
+    engine.close()
+    monkeypatch.setattr("fate_moe.engine.device.PinnedRecords", None)  # not for this one
+    few = MemoryPlan(2**30, replace(engine.blueprint.memory.demands, floor_slots=4), 10)
+    monkeypatch.setattr(
+        "fate_moe.engine.plan.make_plan", lambda *a: make_plan(*a) if len(a) > 3 else few
+    )
+    engine = on_device(compute="eager", experts="40%", window=8, slowed=slowed)
+    assert same(outcome(engine, tiny_store, 8), whole)
+    assert engine.report().stall_s > 0
+    assert isinstance(engine.mover.filler._reader, ThrottledReader)
 
 
-def test_the_plan_holds_for_the_card(on_device: Open, link: Link) -> None:
+def test_what_answers_and_what_scores_runs_on_the_device(on_device: Open, tiny_store: Path) -> None:
+    engine = on_device(compute="eager", experts="40%")
+    conversation = Conversation(engine, load_tokenizer(tiny_store))
+    first = conversation.ask("Fate", Sampling(max_new_tokens=4))
+    again = conversation.ask("Fate streams", Sampling(max_new_tokens=4))
+    assert first.new_tokens == again.new_tokens == 4
+    likelihood = Likelihood(engine.model, engine.context_tokens)
+    ids = list(range(3, 40))
+    hidden = likelihood.hidden(ids)
+    scores, _ = likelihood.of_tokens(hidden, ids, 1)
+    assert scores.shape == (36,)
+    assert bool((scores < 0).all())
+    total, agreed = divergence(likelihood, hidden, hidden.cpu())  # as read from a reference
+    assert (total, agreed) == (0.0, 37)
+    with pytest.raises(ConfigError, match="maps are fitted on the processor"):
+        calibrate(engine, torch.arange(3, 300))
+
+
+def test_the_plan_holds_for_the_card(on_device: Open, card: Card) -> None:
     with pytest.raises(BudgetError, match=r"vram: have 1\.0 MiB, need at least .* try --vram") as e:
         on_device(vram="1MiB")
     engine = on_device(vram=e.value.floor_bytes + 4096)
@@ -191,6 +226,10 @@ def test_the_plan_holds_for_the_card(on_device: Open, link: Link) -> None:
     assert report.vram_peak_bytes is not None
     assert report.vram_planned_bytes is not None
     assert report.vram_peak_bytes <= report.vram_planned_bytes <= memory.budget_bytes
+    engine.model(torch.arange(3, 259, device=engine.blueprint.device)[None])  # the whole context
+    report = engine.report()
+    assert report.vram_peak_bytes is not None
+    assert report.vram_peak_bytes <= report.vram_planned_bytes
     assert "GPU memory" in dict(report.rows())
     with pytest.raises(BudgetError, match="larger --vram"):
         on_device(vram=e.value.floor_bytes + 4096, experts="100%")
@@ -230,13 +269,13 @@ def test_a_record_that_cannot_be_read_leaves_nothing_locked(
 
 
 def test_memory_that_cannot_be_locked_is_given_back() -> None:
-    class Stingy(FakeLink):
+    class Stingy(FakeCard):
         def pin(self, arena: Any) -> None:
             if len(self.pinned) == 2:
                 raise ConfigError("no more")
             super().pin(arena)
 
-    link = Stingy()
+    card = Stingy()
     with pytest.raises(ConfigError, match="no more"):
-        PinnedRecords([2, 2, 2], [4096] * 3, link)
-    assert not link.pinned
+        PinnedRecords([2, 2, 2], [4096] * 3, card)
+    assert not card.pinned

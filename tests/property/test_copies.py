@@ -1,8 +1,12 @@
 """The copy engine's state machine: on a device whose copies are late, no byte is used wrongly."""
 
+import sys
+import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -13,12 +17,12 @@ from fate_moe.memory.device import DeviceArena
 from fate_moe.prefetch.copies import AHEAD_BYTES, CopyEngine
 from fate_moe.store.reader import BackgroundReader, Request
 from fate_moe.types import ExpertKey
-from tests.links import FakeLink, FakeMark
+from tests.cards import FakeCard, FakeMark
 
 SLOTS, RECORD = 4, 4096
 
 
-class LateLink(FakeLink):
+class LateCard(FakeCard):
     """Kernels, too, run later than they are told to: they read their slot when their turn comes."""
 
     def __init__(self, seed: int) -> None:
@@ -50,9 +54,9 @@ class Machine(RuleBasedStateMachine):
 
     @initialize(seed=st.integers(0, 1000))
     def start(self, seed: int) -> None:
-        self.link = LateLink(seed)
-        self.arena = DeviceArena(SLOTS, RECORD, self.link)
-        self.engine = CopyEngine(Records(), self.arena, self.link, RECORD)
+        self.card = LateCard(seed)
+        self.arena = DeviceArena(SLOTS, RECORD, self.card)
+        self.engine = CopyEngine(Records(), self.arena, self.card, RECORD)
         assert isinstance(self.engine, BackgroundReader)
         self.slot_of: dict[ExpertKey, int] = {}
         self.here: set[ExpertKey] = set()
@@ -95,7 +99,7 @@ class Machine(RuleBasedStateMachine):
             if not bool((self.arena.tensor(slot) == key.expert % 200).all()):
                 self.wrong.append(f"{key} in slot {slot}")
 
-        self.link.compute(kernel)
+        self.card.compute(kernel)
         self.arena.used([slot])
 
     @precondition(lambda self: self.here)
@@ -121,7 +125,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule()
     def compute_some(self) -> None:
-        for mark in self.link.kernels[: len(self.link.kernels) // 2 + 1]:
+        for mark in self.card.kernels[: len(self.card.kernels) // 2 + 1]:
             mark.pass_()
 
     @invariant()
@@ -129,8 +133,8 @@ class Machine(RuleBasedStateMachine):
         assert not getattr(self, "wrong", [])
 
     def teardown(self) -> None:
-        if hasattr(self, "link"):
-            for mark in self.link.kernels:
+        if hasattr(self, "card"):
+            for mark in self.card.kernels:
                 mark.pass_()
             assert not self.wrong
             self.engine.close()
@@ -141,8 +145,8 @@ TestCopies.settings = settings(max_examples=60, stateful_step_count=40, deadline
 
 
 def test_what_a_router_asked_for_does_not_queue_behind_guesses() -> None:
-    link = FakeLink(chance=0.0)
-    arena = DeviceArena(8, AHEAD_BYTES, link)
+    card = FakeCard(chance=0.0)
+    arena = DeviceArena(8, AHEAD_BYTES, card)
 
     class Large(Records):
         def part(self, key: ExpertKey, start: int, length: int | None) -> Tensor:
@@ -151,19 +155,123 @@ def test_what_a_router_asked_for_does_not_queue_behind_guesses() -> None:
         def record_bytes(self, layer: int) -> int:
             return AHEAD_BYTES
 
-    engine = CopyEngine(Large(), arena, link)  # one guess at a time
+    engine = CopyEngine(Large(), arena, card)  # one guess at a time
     keys = [ExpertKey(0, e) for e in range(4)]
     guesses = [Request(key, arena.view(i), urgent=False) for i, key in enumerate(keys[:3])]
     engine.start(guesses)
     engine.start([Request(keys[3], arena.view(3))])
-    assert (link.copies, link.urgent_copies) == (2, 1)  # the card has no more than it can chew
+    assert (card.copies, card.urgent_copies) == (2, 1)  # the card has no more than it can chew
     assert not engine.withdraw(keys[0])
     assert engine.withdraw(keys[1])
     assert engine.wait(1.0)
     assert [one.key for one in engine.landed()] == [keys[3]]
     assert engine.wait(1.0)
     assert [one.key for one in engine.landed()] == [keys[0]]
-    assert link.copies == 3  # the third guess follows the first
+    assert card.copies == 3  # the third guess follows the first
     assert engine.wait(1.0)
     assert [one.key for one in engine.landed()] == [keys[2]]
     engine.close()
+
+
+class Plain:
+    """An engine over small records; slot i holds what was asked for i-th."""
+
+    def __init__(self, ahead_bytes: int = RECORD, chance: float = 0.0) -> None:
+        self.card = FakeCard(chance=chance)
+        self.arena = DeviceArena(64, RECORD, self.card)
+        self.engine = CopyEngine(Records(), self.arena, self.card, ahead_bytes)
+
+    def request(self, expert: int, urgent: bool = False) -> Request:
+        return Request(ExpertKey(0, expert), self.arena.view(expert)[0:RECORD], 0, RECORD, urgent)
+
+    def landed(self) -> list[int]:
+        return [one.key.expert for one in self.engine.landed()]
+
+
+def test_a_guess_that_is_wanted_goes_first() -> None:
+    p = Plain()
+    p.engine.start([p.request(expert) for expert in range(4)])
+    assert p.card.copies == 1
+    p.engine.promote(ExpertKey(0, 2))  # it had not begun
+    assert (p.card.copies, p.card.urgent_copies) == (2, 1)
+    assert p.engine.wait(1.0)
+    assert p.landed() == [2]
+    p.engine.promote(ExpertKey(0, 0))  # it has
+    assert p.card.copies == 2  # demands may follow at once: guesses wait for them
+    p.engine.start([p.request(9, urgent=True)])
+    assert p.engine.wait(1.0)
+    assert p.landed() == [0]  # the oldest that someone waits for
+    p.engine.promote(ExpertKey(0, 77))  # nobody asked for it
+    p.engine.close()
+
+
+def test_an_interrupt_loses_no_copy() -> None:
+    p = Plain()
+    fill = p.arena.fill
+
+    def interrupted(*args: Any) -> Any:
+        fill(*args)
+        raise KeyboardInterrupt
+
+    p.arena.fill = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        p.engine.start([p.request(1, urgent=True)])
+    p.arena.fill = fill  # type: ignore[method-assign]
+    p.engine.forget()
+    assert bool((p.arena.tensor(1) == 1).all())  # it is over: nothing writes there any more
+    p.engine.close()
+
+
+class SlowToAsk(FakeCard):
+    """Takes a moment to be told; notes how many guesses it ever had at once."""
+
+    def __init__(self) -> None:
+        super().__init__(chance=0.5)
+        self.marks: list[FakeMark] = []
+        self.most = 0
+
+    def copy(
+        self, source: Tensor, target: Tensor, after: FakeMark | None, urgent: bool
+    ) -> FakeMark:
+        time.sleep(1e-4)
+        mark = super().copy(source, target, after, urgent)
+        self.marks = [one for one in self.marks if not one.done] + [mark]
+        self.most = max(self.most, len(self.marks))
+        return mark
+
+
+def test_waiting_while_another_thread_begins_and_takes_in() -> None:
+    p = Plain()
+    card = SlowToAsk()
+    p.arena = DeviceArena(64, RECORD, card)
+    p.engine = CopyEngine(Records(), p.arena, card, RECORD)
+    failures: list[BaseException] = []
+    over = threading.Event()
+
+    def wait() -> None:
+        try:
+            while not over.is_set():
+                p.engine.wait(1.0)
+        except BaseException as error:  # noqa: BLE001 - told to the test
+            failures.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    try:
+        seen = 0
+        for _ in range(60):
+            p.engine.start([p.request(expert) for expert in range(6)])
+            left = 6
+            while left:
+                landed = p.landed()
+                seen += len(landed)
+                left -= len(landed) + sum(p.engine.withdraw(ExpertKey(0, e)) for e in (2, 5))
+    finally:
+        over.set()
+        waiting.join()
+        sys.setswitchinterval(interval)
+    assert not failures
+    assert seen >= 60 * 4
+    assert card.most == 1  # guess after guess, whoever began it

@@ -107,7 +107,7 @@ class Likelihood:
         Returns:
             Log-likelihood [T - first] float32, and whether each token is the likeliest one.
         """
-        wanted = torch.tensor(ids[first:])
+        wanted = torch.tensor(ids[first:], device=hidden.device)
         found, best = [], []
         for start, scores in self.scores(hidden[first - 1 : -1]):
             part = wanted[start : start + len(scores)]

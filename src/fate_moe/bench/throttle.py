@@ -6,24 +6,25 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from typing import Any
 
 from fate_moe.errors import ReadError
 from fate_moe.store.background import Landed
-from fate_moe.store.reader import TOGETHER_BYTES, BackgroundReader, Mode, Request
+from fate_moe.store.reader import TOGETHER_BYTES, BackgroundReader, Mode, RecordReader, Request
 from fate_moe.types import ExpertKey
 
 _AHEAD_S = 2e-4  # reads in the background begin this early: a disk has its next ones queued too
 
 
 class ThrottledReader:
-    """A BackgroundReader that passes on what another one reads, at most `bytes_s` bytes a second.
+    """A reader that passes on what another one reads, at most `bytes_s` bytes a second.
 
     All reads share the rate, one after the other, as on one link; reads themselves overlap. Those
     in the background wait here for their turn, so that they can be withdrawn until it comes.
     """
 
-    def __init__(self, inner: BackgroundReader, bytes_s: float) -> None:
-        self._inner = inner
+    def __init__(self, inner: RecordReader, bytes_s: float) -> None:
+        self._inner: Any = inner  # what it can do beyond a RecordReader, this one can
         self._bytes_s = bytes_s
         self._lock = threading.RLock()
         self._free_s = 0.0  # when the link is free again
@@ -34,21 +35,22 @@ class ThrottledReader:
     @property
     def mode(self) -> Mode:
         """As of the reader inside."""
-        return self._inner.mode
+        mode: Mode = self._inner.mode
+        return mode
 
     @property
     def any_size(self) -> bool:
-        """As of the reader inside."""
-        return self._inner.any_size
+        """As of the reader inside; one that reads only while its caller waits has none."""
+        return getattr(self._inner, "any_size", False)
 
     @property
     def batch_bytes(self) -> int:
-        """As of the reader inside."""
-        return self._inner.batch_bytes
+        """As of the reader inside; see `any_size`."""
+        return getattr(self._inner, "batch_bytes", 0)
 
     def record_bytes(self, layer: int) -> int:
         """As of the reader inside."""
-        return self._inner.record_bytes(layer)
+        return int(self._inner.record_bytes(layer))
 
     def read_into(
         self, key: ExpertKey, buffer: memoryview, start: int = 0, length: int | None = None
@@ -61,7 +63,7 @@ class ThrottledReader:
     def read_many(self, requests: Sequence[Request]) -> list[ReadError | None]:
         """Read, and return when the link would have delivered all."""
         until_s = self._take(*requests)
-        found = self._inner.read_many(requests)
+        found: list[ReadError | None] = self._inner.read_many(requests)
         _sleep_until(until_s)
         return found
 
@@ -71,6 +73,12 @@ class ThrottledReader:
             now_s = time.perf_counter()
             self._waiting.extend((request, now_s) for request in requests)
             self._begin_due()
+
+    def promote(self, key: ExpertKey) -> None:
+        """Pass on that someone waits for a read; here each waits for its turn."""
+        with self._lock:
+            if key in self._until_s:
+                self._inner.promote(key)
 
     def withdraw(self, key: ExpertKey) -> bool:
         """Take a read back for which the link has not been free so far."""
@@ -116,7 +124,8 @@ class ThrottledReader:
         """Take back what has not begun and wait for what has."""
         with self._lock:
             self._waiting.clear()
-            self._inner.forget()
+            if isinstance(self._inner, BackgroundReader):
+                self._inner.forget()
             self._until_s.clear()
             self._landed.clear()
 

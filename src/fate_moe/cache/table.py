@@ -84,6 +84,7 @@ class ExpertTable:
             make_policy: builds the eviction policy of a region, given its capacity.
         """
         self.regions = regions
+        self.slots = regions.slots + spare_slots
         self.spare_slots = spare_slots
         self._limits = list(regions.capacities)
         self._lenders: list[int] = []  # regions, one for each slot that is lent
@@ -95,7 +96,7 @@ class ExpertTable:
         self._used = [0] * len(regions.capacities)
         self._entries: dict[ExpertKey, Entry] = {}
         self._spare: dict[ExpertKey, Entry] = {}  # oldest first
-        self._free = deque(range(regions.slots + spare_slots))
+        self._free = deque(range(self.slots))
 
     def emptied(self) -> ExpertTable:
         """Return a table of the same shape in which nothing is resident or learned."""

@@ -153,7 +153,7 @@ Dtype = Annotated[
     typer.Option(
         rich_help_panel=STAGES,
         help="auto, float32, bfloat16 or float16. auto: float32; with eager, bfloat16 where the "
-        "processor has it.",
+        "processor has it; on a GPU the checkpoint's own.",
     ),
 ]
 Threads = Annotated[

@@ -20,6 +20,7 @@ from fate_moe.compute.eager import Arriving
 from fate_moe.compute.native import GateForm
 from fate_moe.quant.record import RecordLayout
 
+_device_of: Any = torch.cuda.device_of  # which has no types
 _FEW_TOKENS = 8  # up to here each choice is a tile: weights are what is read, not tokens
 _TILE_TOKENS = (16, 64)  # the least that a matrix unit takes, and what registers hold
 # By tokens of a tile: R rows of the matrix, B bytes of a row's plane (four weights each) at a time.
@@ -69,6 +70,10 @@ class GpuExperts:
         self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, arriving: Arriving
     ) -> Tensor:
         """Return the weighted sum over each token's experts, [T, D]; see `EagerExperts`."""
+        with _device_of(x):  # a thread has a current card of its own
+            return self._sum(x, topk_ids, topk_weights, arriving)
+
+    def _sum(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, arriving: Arriving) -> Tensor:
         (tokens, width), k = x.shape, topk_ids.shape[1]
         # Small arrays: numpy takes a fifth of the time that torch does.
         flat = topk_ids.numpy().ravel()
@@ -135,7 +140,10 @@ def _tiles(landed: Any, chosen: NDArray[Any], size: int) -> NDArray[Any]:
 def _on(device: torch.device, *arrays: NDArray[Any]) -> list[Tensor]:
     """Bring arrays to a device as int32, with one copy."""
     joined = np.concatenate([array.ravel() for array in arrays]).astype(np.int32)
-    parts = torch.split(torch.from_numpy(joined).to(device), [array.size for array in arrays])
+    host = torch.from_numpy(joined)
+    if device.type == "cuda":
+        host = host.pin_memory()  # from any other memory the host would wait for what came before
+    parts = torch.split(host.to(device, non_blocking=True), [array.size for array in arrays])
     return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
 
 

@@ -22,11 +22,13 @@ from fate_moe.engine.device import open_slots
 from fate_moe.engine.handle import Engine
 from fate_moe.engine.plan import Blueprint, computes_natively, draw
 from fate_moe.errors import ConfigError, FormatError
+from fate_moe.memory import Arena
+from fate_moe.memory.device import DeviceArena
 from fate_moe.models.kv_cache import chunks_continue
 from fate_moe.models.load import load_residents
 from fate_moe.models.quantized import use_native
 from fate_moe.models.seam import MoESite
-from fate_moe.predict import Known, make_predictor
+from fate_moe.predict import Known, Predictor, make_predictor
 from fate_moe.predict.ridge import FittedRouter
 from fate_moe.prefetch.mover import Mover
 from fate_moe.store.fitted import STAGES, Map, read_fitted
@@ -65,17 +67,14 @@ def build(
     predictor = make_predictor(config.predict, _known(blueprint, sites))
     regions, spare = blueprint.share_out(predictor.width)
     arena, reader = open_slots(blueprint, reader or _open_reader(blueprint), progress)
-    reader = slowed(reader)
-    mover = Mover(
-        ExpertTable(regions, spare, partial(make_cache, config.cache.cache)),
-        reader,
-        arena,
-        [layer.record_bytes for layer in blueprint.manifest.layers],
-        io_threads=config.prefetch.io_threads,
-        window=config.prefetch.window,
-        head_bytes=[layer.head_read_bytes for layer in blueprint.manifest.layers],
-        guess_levels=1 if not predictor.width else 3 if predictor.sharpens else 2,
-    )
+    try:
+        reader = slowed(reader)
+        mover = _make_mover(blueprint, predictor, ExpertTable(
+            regions, spare, partial(make_cache, config.cache.cache)
+        ), arena, reader)  # fmt: skip
+    except BaseException:
+        reader.close()
+        raise
     try:
         how, layers = attach(blueprint, sites, predictor, mover, arena)
         natively = computes_natively(config)
@@ -99,6 +98,26 @@ def build(
     # A model that is dropped without `close` gives its threads, files and slots back too.
     weakref.finalize(model, _stop, mover, reader)
     return engine
+
+
+def _make_mover(
+    blueprint: Blueprint,
+    predictor: Predictor,
+    table: ExpertTable,
+    arena: Arena | DeviceArena,
+    reader: RecordReader,
+) -> Mover:
+    layers, prefetch = blueprint.manifest.layers, blueprint.config.prefetch
+    return Mover(
+        table,
+        reader,
+        arena,
+        [layer.record_bytes for layer in layers],
+        io_threads=prefetch.io_threads,
+        window=prefetch.window,
+        head_bytes=[layer.head_read_bytes for layer in layers],
+        guess_levels=1 if not predictor.width else 3 if predictor.sharpens else 2,
+    )
 
 
 def _known(blueprint: Blueprint, sites: list[MoESite]) -> Known:

@@ -63,9 +63,11 @@ def calibrate(
     Returns:
         One row per layer.
     Raises:
-        ConfigError: the text is too short; ModelError: no router can be asked;
-        StoreError: the store cannot be written.
+        ConfigError: the text is too short, or the model is on a GPU; ModelError: no router can be
+        asked; StoreError: the store cannot be written.
     """
+    if engine.blueprint.card is not None:
+        raise ConfigError("vram: maps are fitted on the processor; load the model without vram")
     if len(ids) < FEWEST_TOKENS:
         raise ConfigError(f"text: {len(ids)} tokens, calibrating takes {FEWEST_TOKENS} or more")
     layers = [layer for layer, router in enumerate(engine.routers) if router is not None]

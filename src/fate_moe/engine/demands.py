@@ -39,6 +39,8 @@ _FLOOR_SLOTS = 3  # two in their regions and one spare: the least that still ove
 CONTEXT_BYTES = 2**30
 """What a CUDA driver, its libraries and their workspaces take of a card, at most."""
 
+_COMPILER_BYTES = 256 * 2**20  # Triton, what it takes to compile, CUDA libraries loaded late
+
 Shapes = list[tuple[int, ...]]
 
 
@@ -109,12 +111,13 @@ def tiers_of(
     header = read_header(store / manifest.resident.file)
     # Matrices in codes are unpacked, one after the other: a GPU has no use for codes there.
     sizes = [prod(shape) * dtype.itemsize for shape in record_shapes(header, skeleton.module)]
+    packed = sum(entry.nbytes for name, entry in header.tensors.items() if is_record(name))
     widest = max(max(shape[1:]) for layer in manifest.layers for shape in layer.params.values())
     parts_bytes = need.chunk_tokens * skeleton.top_k * widest * dtype.itemsize
     device = replace(
         need,
         base_bytes=CONTEXT_BYTES,
-        weights_bytes=need.weights_bytes + sum(sizes),
+        weights_bytes=need.weights_bytes - packed + sum(sizes),
         load_bytes=_MARGIN_BYTES,
         workspace_bytes=need.workspace_bytes + parts_bytes,
     )
@@ -123,7 +126,7 @@ def tiers_of(
         weights_bytes=0,
         load_bytes=need.weights_bytes + need.load_bytes + 2 * max(sizes, default=0),
         kv_bytes=0,
-        workspace_bytes=_MARGIN_BYTES,
+        workspace_bytes=_COMPILER_BYTES,
         floor_slots=threads,
     )
     return device, host

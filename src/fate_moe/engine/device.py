@@ -15,7 +15,7 @@ from torch import Tensor
 from fate_moe.cache import make_cache
 from fate_moe.engine.plan import Blueprint
 from fate_moe.memory import Arena
-from fate_moe.memory.device import DeviceArena, Link
+from fate_moe.memory.device import Card, DeviceArena
 from fate_moe.prefetch.copies import CopyEngine
 from fate_moe.prefetch.staged import HostCache, Room, StagedReader
 from fate_moe.store.reader import RecordReader
@@ -29,21 +29,21 @@ traces it keeps the most of that (docs/experiments.md)."""
 class PinnedRecords:
     """All records of a store, each layer's in an allocation of its own that a GPU copies from."""
 
-    def __init__(self, experts: Sequence[int], record_bytes: Sequence[int], link: Link) -> None:
+    def __init__(self, experts: Sequence[int], record_bytes: Sequence[int], card: Card) -> None:
         """Make room.
 
         Args:
             experts: of each layer, [L].
             record_bytes: of one record of each layer, [L].
-            link: locks the memory.
+            card: locks the memory.
         Raises:
-            CacheError: the system lets this process lock no more.
+            ConfigError: the system lets this process lock no more.
         """
-        self._link = link
+        self._card = card
         self._arenas: list[Arena] = []
         try:
             for count, size in zip(experts, record_bytes, strict=True):
-                self._arenas.append(_pinned(link, count, size))
+                self._arenas.append(_pinned(card, count, size))
         except BaseException:
             self.close()
             raise
@@ -84,7 +84,7 @@ class PinnedRecords:
     def close(self) -> None:
         """Give the memory back; a second call does nothing."""
         while self._arenas:
-            self._link.unpin(self._arenas.pop())
+            self._card.unpin(self._arenas.pop())
 
 
 def open_slots(
@@ -95,19 +95,19 @@ def open_slots(
     Args:
         reader: of the store; closed by closing what is returned, or at once if this fails.
     Raises:
-        ReadError: a record cannot be read; CacheError: no more memory can be locked.
+        ReadError: a record cannot be read; ConfigError: no more memory can be locked.
     """
-    memory, link, host = blueprint.memory, blueprint.link, blueprint.host
+    memory, card, host = blueprint.memory, blueprint.card, blueprint.host
     slots, slot_bytes = memory.slots, memory.demands.slot_bytes
-    if link is None or host is None:
+    if card is None or host is None:
         return Arena(slots, slot_bytes), reader
     try:
-        arena = DeviceArena(slots, slot_bytes, link)
+        arena = DeviceArena(slots, slot_bytes, card)
         threads = blueprint.config.prefetch.io_threads
         if host.slots < sum(blueprint.experts):
-            return arena, _staged(reader, arena, link, host.slots - threads, slot_bytes)
+            return arena, _staged(reader, arena, card, host.slots - threads, slot_bytes)
         sizes = [layer.record_bytes for layer in blueprint.manifest.layers]
-        records = PinnedRecords(blueprint.experts, sizes, link)
+        records = PinnedRecords(blueprint.experts, sizes, card)
         try:
             records.load(reader, threads, progress)
         except BaseException:
@@ -117,32 +117,32 @@ def open_slots(
         reader.close()
         raise
     reader.close()
-    return arena, CopyEngine(records, arena, link)
+    return arena, CopyEngine(records, arena, card)
 
 
 def _staged(
-    reader: RecordReader, arena: DeviceArena, link: Link, places: int, slot_bytes: int
+    reader: RecordReader, arena: DeviceArena, card: Card, places: int, slot_bytes: int
 ) -> StagedReader:
-    kept = _pinned(link, places, slot_bytes)
+    kept = _pinned(card, places, slot_bytes)
     arenas = [kept]
 
     def stage() -> Room:
-        own = _pinned(link, 1, slot_bytes)
+        own = _pinned(card, 1, slot_bytes)
         arenas.append(own)
         return own.view(0), own.tensor(0)
 
     def free() -> None:
         while arenas:
-            link.unpin(arenas.pop())
+            card.unpin(arenas.pop())
 
     def room(place: int) -> Room:
         return kept.view(place), kept.tensor(place)
 
     cache = HostCache(places, make_cache(_HOST_POLICY, places), room)
-    return StagedReader(reader, arena, link, cache, stage, free)
+    return StagedReader(reader, arena, card, cache, stage, free)
 
 
-def _pinned(link: Link, slots: int, slot_bytes: int) -> Arena:
+def _pinned(card: Card, slots: int, slot_bytes: int) -> Arena:
     arena = Arena(slots, slot_bytes)
-    link.pin(arena)
+    card.pin(arena)
     return arena

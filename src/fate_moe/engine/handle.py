@@ -36,7 +36,7 @@ class Engine:
         blueprint: what was decided before loading: config, store, memory plan.
         model: the transformers model whose experts this engine serves.
         mover: the tables, the reads and their counts.
-        reader: the store's reader.
+        reader: what fills the slots.
         compute: how its experts are computed.
         layers: the MoE layers, [L].
         routers: their routers, [L]; None where one cannot be asked from its gate input alone.
@@ -116,8 +116,8 @@ class Engine:
         telemetry, table = self.mover.telemetry, self.mover.table
         blueprint, plan = self.blueprint, self.blueprint.memory
         host = blueprint.host or plan
-        link = blueprint.link
-        vram = plan if link else None
+        card = blueprint.card
+        vram = plan if card else None
         kept = self.reader.cache if isinstance(self.reader, StagedReader) else None
         total = telemetry.total()
         return Report(
@@ -153,7 +153,7 @@ class Engine:
             host_capacity=kept.places if kept else None,
             host_hits=kept.hits if kept else None,
             host_misses=kept.misses if kept else None,
-            vram_peak_bytes=CONTEXT_BYTES + link.peak_bytes() if link else None,
+            vram_peak_bytes=CONTEXT_BYTES + card.peak_bytes() if card else None,
             peak_rss_bytes=peak_rss_bytes(),
             earlier_peak_bytes=self.earlier_peak_bytes,
             phases={phase.value: counts_json(telemetry.total(phase)) for phase in Phase},

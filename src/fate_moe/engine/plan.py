@@ -19,7 +19,7 @@ from fate_moe.compute import make_low_experts
 from fate_moe.config import Config
 from fate_moe.engine.demands import CONTEXT_BYTES, context_tokens, demands_of, tiers_of
 from fate_moe.errors import ConfigError
-from fate_moe.memory.device import CudaLink, Link
+from fate_moe.memory.device import Card, CudaCard
 from fate_moe.models.load import Skeleton, choose_dtype, read_skeleton
 from fate_moe.predict import Known, make_predictor
 from fate_moe.store.format import Manifest, read_manifest
@@ -32,8 +32,8 @@ def computes_natively(config: Config) -> bool:
     return config.compute.compute != "eager" and not on_gpu and native.is_available()
 
 
-def open_link() -> Link:
-    """Return the link to the card that torch computes on.
+def open_card() -> Card:
+    """Return the card to the card that torch computes on.
 
     Raises:
         ConfigError: there is none.
@@ -43,7 +43,7 @@ def open_link() -> Link:
             "vram: torch finds no CUDA card here (or is a build for the CPU); leave --vram out, "
             "or install torch for your card"
         )
-    return CudaLink()
+    return CudaCard()
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class Blueprint:
         dtype: what it computes in.
         context_tokens: prompt and answer together.
         memory: the memory plan of where the slots are.
-        link: to the GPU that they are on; None: they are in the host's memory.
+        card: to the GPU that they are on; None: they are in the host's memory.
         host: the host's memory plan if there is a GPU; its slots are records in pinned memory.
     """
 
@@ -68,13 +68,13 @@ class Blueprint:
     dtype: torch.dtype
     context_tokens: int
     memory: MemoryPlan
-    link: Link | None = None
+    card: Card | None = None
     host: MemoryPlan | None = None
 
     @property
     def device(self) -> torch.device:
         """What the model computes on."""
-        return torch.device("cpu") if self.link is None else self.link.device
+        return torch.device("cpu") if self.card is None else self.card.device
 
     @property
     def experts(self) -> list[int]:
@@ -119,20 +119,20 @@ def draw(store: Path, config: Config) -> Blueprint:
     on_gpu = config.limits.vram is not None
     natively = computes_natively(config)
     dtype = choose_dtype(config.compute.dtype, skeleton.dtype, natively, on_gpu)
-    link = open_link() if on_gpu else None  # before the process is weighed: it grows by this
+    card = open_card() if on_gpu else None  # before the process is weighed: it grows by this
     context = context_tokens(config.limits, skeleton)
     scored, cache = config.limits.scored_tokens, config.cache.cache
     need = demands_of(store, manifest, skeleton, dtype, context, scored, cache)
     gc.collect()  # an engine before this one may be unreachable and still hold its slots
     available = available_bytes(rss_bytes(), system_available_bytes())
-    if link is None:
+    if card is None:
         memory = make_plan(config.limits, need, available)
         return Blueprint(store, config, manifest, skeleton, dtype, context, memory)
     threads = config.prefetch.io_threads
     on_device, on_host = tiers_of(store, need, manifest, skeleton, dtype, threads)
-    memory = make_plan(config.limits, on_device, link.free_bytes() + CONTEXT_BYTES, "vram")
+    memory = make_plan(config.limits, on_device, card.free_bytes() + CONTEXT_BYTES, "vram")
     host = make_plan(replace(config.limits, experts=None), on_host, available)
-    return Blueprint(store, config, manifest, skeleton, dtype, context, memory, link, host)
+    return Blueprint(store, config, manifest, skeleton, dtype, context, memory, card, host)
 
 
 def _check_int2(manifest: Manifest, config: Config) -> None:

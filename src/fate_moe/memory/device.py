@@ -1,6 +1,6 @@
 """Where do the bytes of resident experts live on a GPU, and how do they get there?
 
-One allocation of S equal slots on the DEVICE tier, filled over a link by copies that go on while
+One allocation of S equal slots on the DEVICE tier, filled by copies that the card makes while its
 kernels compute. Marks are points in the device's work. Two rules keep a slot's bytes right: it is
 read only after the mark of the copy that filled it, and a copy into it begins only after the mark
 of the last kernel that was told to read it. The released code of the paper keeps neither.
@@ -8,6 +8,7 @@ of the last kernel that was told to read it. The released code of the paper keep
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,16 +17,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fate_moe.errors import CacheError
+from fate_moe.errors import CacheError, ConfigError
 from fate_moe.memory.arena import ALIGNMENT, Arena
 
 _cuda: Any = torch.cuda  # half of it has no types
 
 Mark = Any
-"""A point in a device's work, as its link knows it."""
+"""A point in a device's work, as its card knows it."""
 
 
-class Link(Protocol):
+class Card(Protocol):
     """What copies to a device and knows how far it is. Any thread may copy and wait."""
 
     device: torch.device
@@ -36,6 +37,10 @@ class Link(Protocol):
 
     def now(self) -> Mark:
         """Mark the end of all that has been told to compute so far."""
+        ...
+
+    def settle(self) -> None:
+        """Wait until all copies that were begun are over."""
         ...
 
     def age_s(self, mark: Mark) -> float | None:
@@ -86,11 +91,11 @@ class DeviceArena:
         memory: uint8 [slots, slot_bytes], for kernels.
     """
 
-    def __init__(self, slots: int, slot_bytes: int, link: Link) -> None:
+    def __init__(self, slots: int, slot_bytes: int, card: Card) -> None:
         if slot_bytes % ALIGNMENT:
             raise CacheError(f"slot_bytes {slot_bytes} is no multiple of {ALIGNMENT}")
-        self.memory = torch.empty((slots, slot_bytes), dtype=torch.uint8, device=link.device)
-        self._link = link
+        self.memory = torch.empty((slots, slot_bytes), dtype=torch.uint8, device=card.device)
+        self._card = card
         self._last_use: dict[int, Mark] = {}
 
     def view(self, slot: int) -> SlotPart:
@@ -103,19 +108,19 @@ class DeviceArena:
 
     def used(self, slots: Sequence[int]) -> None:
         """Note that all that shall read these slots has been told to."""
-        mark = self._link.now()
+        mark = self._card.now()
         for slot in slots:
             self._last_use[slot] = mark
 
     def fill(self, part: SlotPart, source: Tensor, urgent: bool) -> Mark:
         """Begin to copy `source` into a part of a slot, once nothing reads the slot any more."""
-        after = self._last_use.pop(part.slot, None)
-        return self._link.copy(
+        after = self._last_use.get(part.slot)
+        return self._card.copy(
             source, self.memory[part.slot, part.start : part.stop], after, urgent
         )
 
 
-class CudaLink:
+class CudaCard:
     """The card that torch computes on: a stream for what is waited for, one for guesses."""
 
     _CLOCK_S = 1.0  # times are told from a mark this old at most: theirs have 24 bits
@@ -126,21 +131,28 @@ class CudaLink:
         self._set_clock()
 
     def copy(self, source: Tensor, target: Tensor, after: Mark | None, urgent: bool) -> Mark:
-        """Begin to copy bytes; see `Link`."""
+        """Begin to copy bytes; see `Card`."""
         stream = self._urgent if urgent else self._other
-        if after is not None:
-            stream.wait_event(after)
-        with torch.cuda.stream(stream):
-            target.copy_(source, non_blocking=True)
-        mark = _cuda.Event(enable_timing=True)
-        mark.record(stream)
+        # Any thread may call, and a thread has a current card of its own.
+        with torch.cuda.device(self.device):
+            if after is not None:
+                stream.wait_event(after)
+            with torch.cuda.stream(stream):
+                target.copy_(source, non_blocking=True)
+            mark = _cuda.Event(enable_timing=True)
+            mark.record(stream)
         return mark
 
     def now(self) -> Mark:
         """Mark the end of all that has been told to compute so far."""
         mark = _cuda.Event()
-        mark.record()
+        mark.record(torch.cuda.current_stream(self.device))
         return mark
+
+    def settle(self) -> None:
+        """Wait until all copies that were begun are over."""
+        self._urgent.synchronize()
+        self._other.synchronize()
 
     def age_s(self, mark: Mark) -> float | None:
         """Seconds since a copy's mark was passed; None while it was not."""
@@ -160,28 +172,37 @@ class CudaLink:
         """Lock an arena's pages.
 
         Raises:
-            CacheError: the system lets this process lock no more.
+            ConfigError: the system lets this process lock no more.
         """
         memory = arena.memory
         # torch's own pinned allocations take up to twice what was asked for.
-        code = int(_cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0))
+        with torch.cuda.device(self.device):
+            code = int(_cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0))
         if code:
-            raise CacheError(
-                f"{memory.numel()} bytes of memory cannot be locked for the GPU (CUDA error "
+            self._clear_error()
+            raise ConfigError(
+                f"ram: {memory.numel()} bytes more cannot be locked for the GPU (CUDA error "
                 f"{code}); try a smaller --ram"
             )
 
     def unpin(self, arena: Arena) -> None:
-        """Let the pages go; see `Link`."""
+        """Let the pages go; see `Card`."""
         _cuda.cudart().cudaHostUnregister(arena.memory.data_ptr())
 
     def free_bytes(self) -> int:
-        """Memory of the card that nobody has taken, nor this process's torch keeps."""
+        """Memory of the card that nobody has taken; what torch only keeps goes back first."""
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self.device)
         return int(torch.cuda.mem_get_info(self.device)[0])
 
     def peak_bytes(self) -> int:
         """Most memory that torch has taken for tensors, slots included."""
         return int(torch.cuda.max_memory_reserved(self.device))
+
+    def _clear_error(self) -> None:
+        # It stays with the thread, and the next one to ask whether a kernel began would be told.
+        with contextlib.suppress(RuntimeError):
+            torch.zeros(1, device=self.device)
 
     def _set_clock(self) -> None:
         self._zero = _cuda.Event(enable_timing=True)

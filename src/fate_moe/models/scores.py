@@ -64,6 +64,7 @@ class Halves:
         from transformers.modeling_outputs import MoeModelOutputWithPast
 
         body = self._model._modules[self._name]
+        hidden = hidden.to(self._model.device)
         given = MoeModelOutputWithPast(last_hidden_state=hidden[None])
         self._model._modules[self._name] = _Given(given)
         try:

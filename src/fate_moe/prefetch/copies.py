@@ -6,8 +6,10 @@ not, see `staged`). What a router asked for never queues behind guesses that hav
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from fate_moe.errors import ReadError
@@ -30,7 +32,7 @@ class DeviceSlots(Protocol):
 
 
 class Clock(Protocol):
-    """How far the device is; see `memory.device.Link`."""
+    """How far the device is; see `memory.device.Card`."""
 
     def age_s(self, mark: Mark) -> float | None:
         """Seconds since a mark was passed; None while it was not."""
@@ -38,6 +40,10 @@ class Clock(Protocol):
 
     def wait(self, mark: Mark) -> None:
         """Wait until a mark is passed."""
+        ...
+
+    def settle(self) -> None:
+        """Wait until all copies that were begun are over."""
         ...
 
 
@@ -79,9 +85,10 @@ class CopyEngine:
         self._records = records
         self._slots = slots
         self._clock = clock
-        self._begun: dict[ExpertKey, tuple[Mark, int]] = {}  # how many bytes of guesses
+        self._lock = threading.Lock()  # `wait` is called without its caller's
+        self._begun: dict[ExpertKey, tuple[Mark, int]] = {}  # and how many bytes nobody waits for
         self._waiting: deque[Request] = deque()
-        self._guessed_bytes = 0  # of those that have begun
+        self._guessed_bytes = 0  # all of those
 
     def record_bytes(self, layer: int) -> int:
         """Bytes of one record of MoE layer `layer`."""
@@ -89,55 +96,64 @@ class CopyEngine:
 
     def start(self, requests: Sequence[Request]) -> None:
         """Begin copies: demands now, guesses as far as the card has few to make."""
-        for request in requests:
-            if request.urgent:
-                self._begin(request, 0)
-            else:
-                self._waiting.append(request)
-        self._begin_guesses()
+        with self._lock:
+            for request in requests:
+                if request.urgent:
+                    self._begin(request)
+                else:
+                    self._waiting.append(request)
+            self._begin_guesses()
+
+    def promote(self, key: ExpertKey) -> None:
+        """Begin a guess now, if it has not begun: someone waits for it."""
+        with self._lock:
+            request = self._take_waiting(key)
+            if request is not None:
+                self._begin(replace(request, urgent=True))
+            elif key in self._begun:
+                mark, guessed_bytes = self._begun[key]
+                self._begun[key] = mark, 0
+                self._guessed_bytes -= guessed_bytes
 
     def withdraw(self, key: ExpertKey) -> bool:
         """Take a copy back that has not begun; see BackgroundReader."""
-        found = next((one for one in self._waiting if one.key == key), None)
-        if found is None:
-            return False
-        self._waiting.remove(found)
-        return True
+        with self._lock:
+            return self._take_waiting(key) is not None
 
     def landed(self) -> list[Landed]:
         """Return what came in since the last call."""
         found = []
-        for key, (mark, guessed_bytes) in list(self._begun.items()):
-            age_s = self._clock.age_s(mark)
-            if age_s is not None:
-                del self._begun[key]
-                self._guessed_bytes -= guessed_bytes
-                found.append(Landed(key, None, age_s))
-        self._begin_guesses()
+        with self._lock:
+            for key, (mark, guessed_bytes) in list(self._begun.items()):
+                age_s = self._clock.age_s(mark)
+                if age_s is not None:
+                    del self._begun[key]
+                    self._guessed_bytes -= guessed_bytes
+                    found.append(Landed(key, None, age_s))
+            self._begin_guesses()
         return found
 
     def wait(self, most_s: float) -> bool:
         """Wait until `landed` has something to say; False without a copy under way.
 
-        For the oldest demand, if there is one. A copy that has begun comes to an end.
+        For the oldest that someone waits for, if there is one. A copy that has begun comes to an
+        end.
         """
-        self._begin_guesses()
-        marks = self._begun.values()
-        mark = next((m for m, guessed_bytes in marks if not guessed_bytes), None)
-        if mark is None:
-            mark = next((m for m, _ in marks), None)
-        if mark is None:
+        with self._lock:
+            self._begin_guesses()
+            marks = sorted(self._begun.values(), key=lambda begun: begun[1] > 0)
+        if not marks:
             return False
-        self._clock.wait(mark)
+        self._clock.wait(marks[0][0])
         return True
 
     def forget(self) -> None:
         """Take back what has not begun and wait for what has; see BackgroundReader."""
-        self._waiting.clear()
-        for mark, _ in self._begun.values():
-            self._clock.wait(mark)
-        self._begun.clear()
-        self._guessed_bytes = 0
+        with self._lock:
+            self._waiting.clear()
+            self._clock.settle()
+            self._begun.clear()
+            self._guessed_bytes = 0
 
     def read_into(
         self, key: ExpertKey, buffer: Any, start: int = 0, length: int | None = None
@@ -156,13 +172,21 @@ class CopyEngine:
         self.forget()
         self._records.close()
 
-    def _begin(self, request: Request, guessed_bytes: int) -> None:
+    def _begin(self, request: Request) -> None:
         source = self._records.part(request.key, request.start, request.length)
         mark = self._slots.fill(request.buffer, source, request.urgent)
+        guessed_bytes = 0
+        if not request.urgent:
+            guessed_bytes = request.length or self.record_bytes(request.key.layer)
         self._begun[request.key] = mark, guessed_bytes
         self._guessed_bytes += guessed_bytes
 
     def _begin_guesses(self) -> None:
         while self._waiting and self._guessed_bytes < self._ahead_bytes:
-            request = self._waiting.popleft()
-            self._begin(request, request.length or self.record_bytes(request.key.layer))
+            self._begin(self._waiting.popleft())
+
+    def _take_waiting(self, key: ExpertKey) -> Request | None:
+        found = next((one for one in self._waiting if one.key == key), None)
+        if found is not None:
+            self._waiting.remove(found)
+        return found

@@ -87,6 +87,11 @@ class Filler:
                 self._link.begin(now_s)
             self._background.start(self._requests(batch))
 
+    def promote(self, key: ExpertKey) -> None:
+        """Note that someone waits for a guess, if it is in the background."""
+        if key in self.under_way and self._background is not None:
+            self._background.promote(key)
+
     def withdraw(self, key: ExpertKey) -> Entry | None:
         """Take one back that has not begun, or return None."""
         entry, background = self.under_way.get(key), self._background

@@ -2,9 +2,8 @@
 
 The only mechanism of the engine: it asks the pure table for a slot and the pure queue for the next
 reads, lets reader threads fill slots, and locks what is being computed. One lock guards all three.
-It knows records as bytes and slots as numbers, never tensors. Waking a thread takes as long as the
-read of a small record: in decode those come in by themselves where the reader can do that, else
-demanded ones are read, several at once, by whoever waits for them.
+It knows records as bytes and slots as numbers, never tensors. Waking a thread takes as long as a
+small read: in decode those come in by themselves, or are read by whoever waits for them.
 
     speculate(prediction)   a guess: may be read when no demand waits, may be dropped
     lease(choice)           a need: the experts as they land, residents first, locked until used
@@ -60,8 +59,7 @@ class Mover:
             record_bytes: size of one record of each layer, [L].
             io_threads: how many reads run side by side.
             window: most guesses per layer; None = as many as one layer's computing time covers.
-            guess_levels: how many levels of guessing there are to choose from, see `Benefit`; with
-                a window there is no choice.
+            guess_levels: of guessing, see `Benefit`; with a window there is no choice.
             head_bytes: what the read of an INT2 head brings, [L]; empty where there are none.
         """
         self.benefit = Benefit(guess_levels)
@@ -260,6 +258,7 @@ class Mover:
             self.telemetry.guesses_used += 1
         entry.locks += 1
         self._queue.promote(key)
+        self.filler.promote(key)
         if entry.part is Part.HEAD and not low:
             if entry.resident:
                 self.table.upgrade(entry)
@@ -336,10 +335,10 @@ class Mover:
         self.filler.forget()
         while self._readers.reading and self._changed.wait(POLL_S):
             pass  # slots of the old table are still being filled
+        self.filler.slots.used(range(self.table.slots))  # by what was told to read them
         self.link.active = 0  # the torn section may have left reads of its own uncounted
-        evictions = self.table.evictions
-        self.table = self.table.emptied()
-        self.table.evictions = evictions
+        fresh = self.table.emptied()
+        fresh.evictions, self.table = self.table.evictions, fresh
         self.table.on_drop = self._count_waste
         self._failed.clear()
         self.section.torn = False

@@ -104,7 +104,11 @@ class BackgroundReader(BatchReader, Protocol):
         ...
 
     def start(self, requests: Sequence[Request]) -> None:
-        """Begin reads, first come first served; returns at once, needs `batch_bytes` > 0."""
+        """Begin reads; returns at once, needs `any_size` or `batch_bytes` > 0."""
+        ...
+
+    def promote(self, key: ExpertKey) -> None:
+        """Note that someone waits for a read that began as a guess, if it is under way."""
         ...
 
     def withdraw(self, key: ExpertKey) -> bool:
@@ -223,6 +227,9 @@ class FileReader:
             except ReadError as error:
                 self._background.refuse(request.key, error)
         self._background.start(places)
+
+    def promote(self, key: ExpertKey) -> None:
+        """Change nothing: few small reads are ahead of it."""
 
     def withdraw(self, key: ExpertKey) -> bool:
         """Take a read back that has not begun; see BackgroundReader."""

@@ -16,19 +16,19 @@ from fate_moe.compute import gpu, gpu_kernels
 from fate_moe.compute.native import GateForm
 from fate_moe.quant.record import BiasSpec, MatrixSpec, RecordLayout
 
-ADDRESSES = "slots tiles order x out weights inner parts positions".split()
+ALIGNED = "slots tiles order x out weights inner parts slot_bytes".split()
 
 
 def build(kernel, constants, dtype, warps):
     kinds = {"slots": "*u8", "tiles": "*i32", "order": "*i32", "positions": "*i32"}
-    kinds |= {"slot_bytes": "i64", "K": "i32"}
+    kinds |= {"slot_bytes": "i32", "K": "i32", "weights": "*fp32"}
     names, signature, aligned = kernel.arg_names, {}, {}
     for index, name in enumerate(names):
         if name in constants:
             signature[name] = "constexpr"
             continue
         signature[name] = kinds.get(name, f"*{dtype}")
-        if name in ADDRESSES or name == "slot_bytes":
+        if name in ALIGNED:
             aligned[index,] = [["tt.divisibility", 16]]
     numbers = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, signature, numbers, aligned)

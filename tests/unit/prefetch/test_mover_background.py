@@ -21,6 +21,9 @@ class FakeBackgroundReader(FakeBatchReader):
 
     any_size = False
 
+    def promote(self, key: ExpertKey) -> None:
+        """Each waits for its turn."""
+
     def __init__(self) -> None:
         super().__init__()
         self.at_once = 2

@@ -14,7 +14,7 @@ from fate_moe.memory.device import DeviceArena
 from fate_moe.prefetch.staged import HostCache, Room, StagedReader
 from fate_moe.store.reader import Mode
 from fate_moe.types import ExpertKey
-from tests.links import FakeLink
+from tests.cards import FakeCard
 
 RECORD, HEAD = 8192, 4096
 
@@ -51,8 +51,8 @@ class Disk:
 
 class Bench:
     def __init__(self, places: int) -> None:
-        self.disk, self.link = Disk(), FakeLink(chance=0.0)
-        self.arena = DeviceArena(64, RECORD, self.link)
+        self.disk, self.card = Disk(), FakeCard(chance=0.0)
+        self.arena = DeviceArena(64, RECORD, self.card)
         kept, stages = Arena(places, RECORD), list[Arena]()
 
         def room(place: int) -> Room:
@@ -65,7 +65,7 @@ class Bench:
         self.stages = stages
         self.cache = HostCache(places, make_cache("lru", places), room)
         self.reader = StagedReader(
-            self.disk, self.arena, self.link, self.cache, stage, lambda: None
+            self.disk, self.arena, self.card, self.cache, stage, lambda: None
         )
 
     def read(self, expert: int, start: int = 0, end: int = RECORD, slot: int = 0) -> None:

@@ -38,8 +38,8 @@ class FakeMark:
                     mark.run()
 
 
-class FakeLink:
-    """A Link to the host's own memory: a copy is done when it is waited for, or by chance.
+class FakeCard:
+    """A Card to the host's own memory: a copy is done when it is waited for, or by chance.
 
     Until then its target is full of 255s. Each stream keeps its order, the two do not keep step.
     """
@@ -71,6 +71,11 @@ class FakeLink:
         mark = FakeMark()
         mark.pass_()  # this device computes while it is told to
         return mark
+
+    def settle(self) -> None:
+        for mark in self._last.values():
+            if mark is not None:
+                mark.pass_()
 
     def age_s(self, mark: FakeMark) -> float | None:
         if not mark.done and self._random.random() < self._chance:
