@@ -1,7 +1,8 @@
 """What is the sum of a token's experts, computed on a GPU from its own slots?
 
 The host knows who was chosen (the mover needs that anyway), sorts the choices by expert once, and
-launches two kernels for all that has landed together. Tiles are cut from an expert's tokens alone,
+launches two kernels for all that has landed together (for one token: has them launched, see
+`gpu_token`). Tiles are cut from an expert's tokens alone,
 and parts are summed in ascending expert id, so the result depends neither on the order of arrival
 nor on what is resident. See `gpu_kernels`.
 """
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fate_moe.compute.eager import Arriving
+from fate_moe.compute.gpu_token import OneToken
 from fate_moe.compute.native import GateForm
 from fate_moe.quant.record import RecordLayout
 
@@ -25,10 +27,10 @@ _FEW_TOKENS = 8  # up to here each choice is a tile: weights are what is read, n
 _TILE_TOKENS = (16, 64)  # the least that a matrix unit takes, and what registers hold
 # By tokens of a tile: R rows of the matrix, B bytes of a row's plane (four weights each) at a time.
 _CUTS: dict[int, dict[str, int]] = {
-    1: {"R": 16, "B": 128, "num_warps": 4},
+    1: {"R": 8, "B": 128, "num_warps": 2},
     16: {"R": 64, "B": 32, "num_warps": 4},
     32: {"R": 64, "B": 32, "num_warps": 4},
-    64: {"R": 64, "B": 32, "num_warps": 4},
+    64: {"R": 128, "B": 64, "num_warps": 8},
 }
 _SUM_COLUMNS = 1024
 
@@ -65,6 +67,7 @@ class GpuExperts:
         }  # fmt: skip
         self._inner = self._up["ROWS"] // (2 if form.gated else 1)
         self._slots = slots
+        self._tokens: dict[tuple[Any, ...], OneToken] = {}
 
     def __call__(
         self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, arriving: Arriving
@@ -79,6 +82,8 @@ class GpuExperts:
         flat = topk_ids.numpy().ravel()
         by_expert = flat.argsort(kind="stable")
         chosen = flat[by_expert]
+        if tokens == 1:
+            return self._one_token(x, topk_weights[0], by_expert, chosen, arriving)
         places = np.empty_like(by_expert)
         places[by_expert] = np.arange(len(flat))
         # A token's choices by ascending expert lie in ascending places.
@@ -95,10 +100,36 @@ class GpuExperts:
                 (on_device,) = _on(x.device, tiles)
                 self._run(on_device, size, order, k, x, weights, inner, parts)
         out = torch.empty_like(x)
-        _kernels().sum_kernel[(tokens, -(-width // _SUM_COLUMNS))](
-            parts, positions, out, K=k, D=width, B=_SUM_COLUMNS
-        )
+        self._add(parts, positions, out)
         return out
+
+    def _one_token(
+        self, x: Tensor, weights: Tensor, by_expert: NDArray[Any], chosen: NDArray[Any],
+        arriving: Arriving,
+    ) -> Tensor:  # fmt: skip
+        k = len(weights)
+        kind = k, x.dtype, weights.dtype, x.device
+        if kind not in self._tokens:
+
+            def run(
+                tiles: Tensor, order: Tensor, x: Tensor, w: Tensor, inner: Tensor, parts: Tensor
+            ) -> None:
+                self._run(tiles, 1, order, k, x, w, inner, parts)
+
+            self._tokens[kind] = OneToken(run, self._add, self._inner, x, weights)
+        token = self._tokens[kind]
+        token.begin(x, weights, by_expert)
+        for landed in arriving:
+            tiles = _tiles(landed, chosen, 1)
+            if len(tiles):
+                token.run(tiles)
+        return token.end()
+
+    def _add(self, parts: Tensor, positions: Tensor, out: Tensor) -> None:
+        tokens, width = out.shape
+        _kernels().sum_kernel[(tokens, -(-width // _SUM_COLUMNS))](
+            parts, positions, out, K=len(parts) // tokens, D=width, B=_SUM_COLUMNS
+        )
 
     def _run(
         self, tiles: Tensor, size: int, order: Tensor, k: int, x: Tensor, weights: Tensor,

@@ -32,12 +32,15 @@ def up_kernel(
     record, low, position, live = _tile(slots, slot_bytes, tiles, M)
     f = tl.program_id(1) * R + tl.arange(0, R)
     token = x + (tl.load(order + position, mask=live, other=0) // K).to(tl.int64) * COLS
+    real = f < F
+    if M == 1:
+        real = real & live  # a tile of no token reads nothing
     up_row = f * 2 + 1 if INTERLEAVED else (f + F if GATED else f)
-    up = _product(record, low, token, live, up_row, f < F,
+    up = _product(record, low, token, live, up_row, real,
                   COLS, GROUP, SCALE, ZERO, HIGH, LOW, BIAS, M, R, B)  # fmt: skip
     if GATED:
         gate_row = f * 2 if INTERLEAVED else f
-        gate = _product(record, low, token, live, gate_row, f < F,
+        gate = _product(record, low, token, live, gate_row, real,
                         COLS, GROUP, SCALE, ZERO, HIGH, LOW, BIAS, M, R, B)  # fmt: skip
         if not LIMIT_AFTER:
             gate = tl.minimum(gate, LIMIT)
@@ -61,7 +64,10 @@ def down_kernel(
     """Write what an expert adds to a tile's tokens, [A, D], R of the D at a time."""
     record, low, position, live = _tile(slots, slot_bytes, tiles, M)
     row = tl.program_id(1) * R + tl.arange(0, R)
-    y = _product(record, low, inner + position.to(tl.int64) * COLS, live, row, row < ROWS,
+    real = row < ROWS
+    if M == 1:
+        real = real & live
+    y = _product(record, low, inner + position.to(tl.int64) * COLS, live, row, real,
                  COLS, GROUP, SCALE, ZERO, HIGH, LOW, BIAS, M, R, B)  # fmt: skip
     choice = tl.load(order + position, mask=live, other=0)
     y *= tl.load(weights + choice, mask=live, other=0).to(tl.float32)[None, :]

@@ -39,7 +39,8 @@ _FLOOR_SLOTS = 3  # two in their regions and one spare: the least that still ove
 CONTEXT_BYTES = 2**30
 """What a CUDA driver, its libraries and their workspaces take of a card, at most."""
 
-_COMPILER_BYTES = 256 * 2**20  # Triton, what it takes to compile, CUDA libraries loaded late
+_LATE_BYTES = 768 * 2**20  # CUDA libraries that load when first used, Triton and its compiler
+_ROUNDED_BYTES = 64 * 2**20  # torch takes a card's memory in pieces of 2 and 20 MiB
 
 Shapes = list[tuple[int, ...]]
 
@@ -119,14 +120,14 @@ def tiers_of(
         base_bytes=CONTEXT_BYTES,
         weights_bytes=need.weights_bytes - packed + sum(sizes),
         load_bytes=_MARGIN_BYTES,
-        workspace_bytes=need.workspace_bytes + parts_bytes,
+        workspace_bytes=need.workspace_bytes + parts_bytes + _ROUNDED_BYTES,
     )
     host = replace(
         need,
         weights_bytes=0,
         load_bytes=need.weights_bytes + need.load_bytes + 2 * max(sizes, default=0),
         kv_bytes=0,
-        workspace_bytes=_COMPILER_BYTES,
+        workspace_bytes=_LATE_BYTES,
         floor_slots=threads,
     )
     return device, host

@@ -123,7 +123,7 @@ def test_any_shape_precision_and_empty_experts(
     check(both, hidden, tokens, experts, k, frozenset(low), dtype)
 
 
-@pytest.mark.parametrize("tokens", [2, 20])
+@pytest.mark.parametrize("tokens", [1, 2, 20])
 def test_the_order_of_arrival_does_not_show(tokens: int) -> None:
     both = Both(layout_of(64, 32, SILU, 64, bias=True), SILU, 5)
     x, ids, weights = routing(tokens, 5, 3, 64)
@@ -133,9 +133,11 @@ def test_the_order_of_arrival_does_not_show(tokens: int) -> None:
     assert torch.equal(together, one_by_one)
 
 
-def test_a_choice_of_no_expert_adds_nothing() -> None:
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_choice_of_no_expert_adds_nothing(tokens: int) -> None:
     both = Both(layout_of(64, 32, SILU, 64, bias=True), SILU, 4)
-    x, ids, weights = routing(3, 4, 2, 64)
+    x, ids, weights = routing(tokens, 4, 2, 64)
+    run(both, x, ids, weights, [both.arriving(ids, frozenset())])  # what it leaves must not count
     one = run(both, x, ids[:, :1], weights[:, :1], [both.arriving(ids[:, :1], frozenset())])
     ids[:, 1] = 4
     two = run(both, x, ids, weights, [both.arriving(ids[:, :1], frozenset())])
@@ -156,3 +158,21 @@ def test_only_records_of_two_planes_are_read() -> None:
     assert can_compute(layout_of(64, 32, SILU, 64, bias=False))
     eight = RecordLayout((MatrixSpec("up_proj", 32, 64, 64),), bits=8)
     assert not can_compute(eight)
+
+
+def test_token_after_token() -> None:
+    both = Both(layout_of(64, 32, SILU, 64, bias=True), SILU, 6)
+    x, ids, weights = routing(5, 6, 3, 64)
+    low = frozenset({1, 4})
+    found = []
+    for t in range(5):
+        arriving = both.arriving(ids[t : t + 1], low if t % 2 else frozenset())
+        pieces = [arriving[1:], arriving[:1]] if t > 2 else [arriving]
+        found.append(
+            (run(both, x[t : t + 1], ids[t : t + 1], weights[t : t + 1], pieces), arriving)
+        )
+    for t, (have, arriving) in enumerate(found):  # an answer outlives the next token
+        want = both.exact(
+            x[t : t + 1].double(), ids[t : t + 1], weights[t : t + 1].double(), [arriving]
+        )
+        assert float((have.double() - want).norm() / want.norm()) < 6 * UNIT[torch.float32]
