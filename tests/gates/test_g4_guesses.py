@@ -9,6 +9,9 @@ import torch
 
 from fate_moe.cache import Entry
 from fate_moe.engine import Engine
+from fate_moe.engine.generate import Conversation, Sampling
+from fate_moe.models.load import load_tokenizer
+from fate_moe.types import Phase
 from tests.conftest import Open
 
 
@@ -85,3 +88,19 @@ def test_the_measured_window_closes_on_a_slow_link(tiny_store: Path, open_engine
     generate(slow)
     assert quick.report().guesses > 20
     assert slow.report().guesses < quick.report().guesses / 3
+
+
+@pytest.mark.smolmoe
+def test_smolmoe_guesses_from_the_maps_it_comes_with(
+    smolmoe_store: Path, open_engine: Open
+) -> None:
+    """The default predictor: recall of at least 0.97 with nothing fitted by the user."""
+    engine = open_engine(smolmoe_store, experts="50%", window=99)
+    ask = [{"role": "user", "content": "Write a short story about a river."}]
+    answer = Conversation(engine, load_tokenizer(smolmoe_store)).ask(ask, Sampling(48))
+    assert answer.new_tokens > 20
+    counts = engine.mover.telemetry.total(Phase.DECODE)
+    assert counts.recall is not None
+    assert counts.recall >= 0.97
+    assert counts.hits + counts.late >= 0.95 * counts.requests
+    assert "predictor ridge, cache" in engine.mode

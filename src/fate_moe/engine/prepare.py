@@ -23,8 +23,10 @@ from fate_moe.models.checkpoint import open_checkpoint
 from fate_moe.models.gguf import SUFFIX, find_gguf
 from fate_moe.models.records import RESIDENT_BITS, resident_bits
 from fate_moe.models.resident import ResidentRecords
-from fate_moe.reference import SMOLMOE, build_smolmoe
+from fate_moe.reference import FITTED_PATH, SMOLMOE, build_smolmoe
+from fate_moe.reference.recipe import HIDDEN_SIZE
 from fate_moe.store.convert import ExpertSource, convert, is_made_from
+from fate_moe.store.fitted import read_maps, write_fitted
 from fate_moe.store.format import Manifest, is_store, read_manifest
 from fate_moe.store.ordered import check_jobs
 from fate_moe.types import Progress, no_progress
@@ -138,6 +140,9 @@ def convert_model(  # noqa: PLR0913 - a store's options, all of them by name
                 source, store, force=force or stale, wait=out is None, jobs=jobs,
                 progress=progress,
             )  # fmt: skip
+    if model == SMOLMOE and manifest.fitted is None:
+        maps = read_maps(FITTED_PATH, manifest, HIDDEN_SIZE)
+        manifest = write_fitted(store, manifest, maps)
     give_memory_back()
     return store, manifest
 

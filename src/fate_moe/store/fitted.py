@@ -78,13 +78,25 @@ def read_fitted(folder: Path, manifest: Manifest, hidden: int) -> Maps:
     Raises:
         FormatError: the file is missing, not as it was written, or of another model.
     """
-    found: dict[str, list[Map | None]] = {stage: [None] * len(manifest.layers) for stage in STAGES}
     if manifest.fitted is None:
-        return found
+        return {stage: [None] * len(manifest.layers) for stage in STAGES}
     path = folder / manifest.fitted.file
-    arrays = read_arrays(path, _MOST_BYTES)
+    maps = read_maps(path, manifest, hidden)
     if _checksum(path) != manifest.fitted.checksum:
         raise FormatError(f"{path}: not as it was written; run fate calibrate again")
+    return maps
+
+
+def read_maps(path: Path, manifest: Manifest, hidden: int) -> Maps:
+    """Read maps from a file that fits a store, its own or one that was fitted for its model.
+
+    Args:
+        hidden: D of the model.
+    Raises:
+        FormatError: the file is missing, damaged, or of another model.
+    """
+    arrays = read_arrays(path, _MOST_BYTES)
+    found: dict[str, list[Map | None]] = {stage: [None] * len(manifest.layers) for stage in STAGES}
     for stage, maps in found.items():
         for layer, entry in enumerate(manifest.layers):
             weight = arrays.pop(f"{stage}.{layer}.weight", None)
