@@ -6,7 +6,9 @@ request = one distinct expert of one layer in one forward step. Callers hold the
 
 from __future__ import annotations
 
+import math
 import sys
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,26 +102,38 @@ class Telemetry:
 
 
 class LinkMeter:
-    """How fast does the slower tier deliver? Bytes over the time in which a read was under way."""
+    """How fast does the slower tier deliver? Bytes over the time in which a read was under way.
+
+    A read's end may be told long after it: what lies between it and the next one's beginning is no
+    time of the link's.
+    """
 
     def __init__(self) -> None:
         self.bytes = 0
         self.busy_s = 0.0
-        self.active = 0  # reads under way
-        self._since = 0.0
+        self._begun: deque[float] = deque()  # of the reads under way, oldest first
+        self._counted_until_s = -math.inf
+
+    @property
+    def active(self) -> int:
+        """Reads under way."""
+        return len(self._begun)
 
     def begin(self, now_s: float, reads: int = 1) -> None:
         """So many reads start."""
-        if self.active == 0:
-            self._since = now_s
-        self.active += reads
+        self._begun.extend([now_s] * reads)
 
-    def end(self, now_s: float, read_bytes: int) -> None:
-        """A reader is done with `read_bytes`."""
-        self.active -= 1
+    def end(self, end_s: float, read_bytes: int) -> None:
+        """A read was over at `end_s`; it brought `read_bytes`."""
+        # Whose it was does not matter: as long as one is under way, the link is busy.
+        since_s = max(self._begun.popleft(), self._counted_until_s)
+        self.busy_s += max(0.0, end_s - since_s)
+        self._counted_until_s = max(self._counted_until_s, end_s)
         self.bytes += read_bytes
-        if self.active == 0:
-            self.busy_s += now_s - self._since
+
+    def forget(self) -> None:
+        """Drop the reads under way: nobody will tell of their ends."""
+        self._begun.clear()
 
     @property
     def bytes_per_s(self) -> float | None:

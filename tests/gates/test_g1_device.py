@@ -184,10 +184,7 @@ def test_a_slow_link_changes_nothing(
     assert same(outcome(engine, tiny_store, 8), whole)
     report = engine.report()
     assert report.late > 0 < report.stall_s
-    assert report.link_bytes_s is not None
-    assert report.link_bytes_s < 4.2e6
-    if not ON_CARD:  # a slow host looks seldom, and books time in which nothing was on its way
-        assert report.link_bytes_s > 2.8e6
+    assert report.link_bytes_s == pytest.approx(4e6, rel=0.1)  # however seldom the host looks
     engine.close()
     monkeypatch.setattr("fate_moe.engine.device.PinnedRecords", None)  # not for this one
     few = MemoryPlan(2**30, replace(engine.blueprint.memory.demands, floor_slots=4), 10)

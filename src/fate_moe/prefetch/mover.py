@@ -336,7 +336,7 @@ class Mover:
         while self._readers.reading and self._changed.wait(POLL_S):
             pass  # slots of the old table are still being filled
         self.filler.slots.used(range(self.table.slots))  # by what was told to read them
-        self.link.active = 0  # the torn section may have left reads of its own uncounted
+        self.link.forget()  # the torn section may have left reads of its own uncounted
         fresh = self.table.emptied()
         fresh.evictions, self.table = self.table.evictions, fresh
         self.table.on_drop = self._count_waste
