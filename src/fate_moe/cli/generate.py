@@ -89,6 +89,8 @@ def generate(
 
         fate generate Qwen/Qwen1.5-MoE-A2.7B-Chat -p "Why is the sky blue?" --ram 6GiB
 
+        fate generate Qwen/Qwen3-30B-A3B -p "Hello" --vram 8GiB --ram 20GiB
+
         git diff | fate generate --raw -n 64 --json
     """
     text = _read_prompt(prompt)
