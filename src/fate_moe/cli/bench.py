@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from fate_moe.bench.rivals.rival import Rival
     from fate_moe.bench.rounds import Bench, Form, Row
 
-bench_app = typer.Typer(help="Measure speed on this machine.", no_args_is_help=True)
+bench_app = typer.Typer(help="Measure speed on this machine.")
 app.add_typer(bench_app, name="bench")
 
 WHAT, WHO = "What to measure", "Whom to measure"
@@ -138,9 +138,11 @@ Out = Annotated[
 JsonOut = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
 
 
-@bench_app.callback()
-def group() -> None:
+@bench_app.callback(invoke_without_command=True)
+def group(context: typer.Context) -> None:
     """Measure speed on this machine."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 @bench_app.command("rivals")

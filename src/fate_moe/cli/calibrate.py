@@ -41,6 +41,9 @@ Tokens = Annotated[
 ]
 
 
+_IN_PLACE = ", in place of the maps it had (fate convert MODEL --force makes them anew)"
+
+
 @app.command("calibrate")
 @guarded
 def calibrate(
@@ -86,13 +89,14 @@ def calibrate(
             progress("reading the text", 1, 1)
             rows = fitting.calibrate(engine, ids, progress, judge_ids)
         store = engine.blueprint.store
+        had_maps = engine.blueprint.manifest.fitted is not None
     finally:
         engine.close()
     if json_out:
         emit_json({"store": str(store), "layers": [asdict(row) for row in rows]})
         return
     show_table(("layer", "guesses", "paper", "early", "late"), [_cells(row) for row in rows])
-    show_report([*_means(rows), ("written", str(store))])
+    show_report([*_means(rows), ("written", f"{store}{_IN_PLACE if had_maps else ''}")])
 
 
 def _read(path: Path) -> str:

@@ -185,6 +185,8 @@ def _existing_store(store: str, cache_dir: Path | None) -> Path:
 
     folder = known_store(store, cache_dir or default_cache_dir())
     if folder is None:
+        if store.startswith((".", "/", "~")) and not Path(store).expanduser().exists():
+            raise ConfigError(f"{store}: no such folder")
         raise ConfigError(f"{store}: no store yet; run fate convert {store}")
     return folder
 

@@ -63,8 +63,8 @@ def calibrate(
     Returns:
         One row per layer.
     Raises:
-        ConfigError: the text is too short, or the model is on a GPU; ModelError: no router can be
-        asked; StoreError: the store cannot be written.
+        ConfigError: the text is too short, no map helps, or the model is on a GPU; ModelError: no
+        router can be asked; StoreError: the store cannot be written.
     """
     if engine.blueprint.card is not None:
         raise ConfigError("vram: maps are fitted on the processor; load the model without vram")
@@ -83,6 +83,11 @@ def calibrate(
         fits.solve(turn)
         runs.over(judge, fits.judge(turn))
     rows = [fits.row(layer) for layer in layers]
+    if all(row.early is None and row.late is None for row in rows):
+        raise ConfigError(
+            f"text: {len(ids)} tokens are too few: no map tells a router better than it does when "
+            "asked ahead; give more of it (--tokens). The store is as it was"
+        )
     write_fitted(engine.blueprint.store, engine.blueprint.manifest, fits.kept(rows))
     return rows
 

@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 from fate_moe.cli import app
 from fate_moe.cli import stores as _stores  # noqa: F401 - registers the command
 from fate_moe.cli.calibrate import spread
+from fate_moe.engine.calibrate import LayerFit
 from tests import tiny
 from tests.unit.cli.test_commands import refused
 
@@ -77,3 +78,19 @@ def test_bad_input_is_one_line(tiny_store: Path, tmp_path: Path) -> None:
     short = tmp_path / "short.txt"
     short.write_text("hello", encoding="utf-8")
     refused(fate("calibrate", tiny_store, "--text", short), "calibrating takes 2048 or more")
+
+
+def test_maps_that_help_nobody_take_no_ones_place(
+    tiny_store: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = shutil.copytree(tiny_store, tmp_path / "store")
+    first = fate("calibrate", store, "--text", text, "--judge", text, "--tokens", "4096")
+    assert first.exit_code == 0, first.output
+    assert "in place of" not in first.stderr
+    again = fate("calibrate", store, "--text", text, "--judge", text, "--tokens", "4096")
+    assert "in place of the maps it had" in again.stderr
+    before = {path.name: path.read_bytes() for path in store.glob("fitted-*")}
+    row = LayerFit(0, 4, 0.9, None, None)
+    monkeypatch.setattr("fate_moe.engine.calibrate._Fits.row", lambda self, layer: row)
+    refused(fate("calibrate", store, "--text", text, "--tokens", "2048"), "no map tells a router")
+    assert before == {path.name: path.read_bytes() for path in store.glob("fitted-*")}

@@ -362,3 +362,17 @@ def test_our_own_faults_exit_with_1(store: str, monkeypatch: pytest.MonkeyPatch)
     assert result.exit_code == 1
     assert "internal error: KeyError" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_group_without_a_command_shows_its_help() -> None:
+    from fate_moe.cli import bench as _bench  # noqa: F401 - registers the command
+
+    result = CliRunner().invoke(app, ["bench"])
+    assert result.exit_code == 0
+    assert "Usage:" in result.output
+    assert "policies" in result.output or "rivals" in result.output
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_a_folder_that_is_not_there_is_not_to_be_converted(command: str, tmp_path: Path) -> None:
+    refused(CliRunner().invoke(app, [command, str(tmp_path / "none")]), "none: no such folder")
