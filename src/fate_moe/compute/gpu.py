@@ -1,10 +1,9 @@
 """What is the sum of a token's experts, computed on a GPU from its own slots?
 
 The host knows who was chosen (the mover needs that anyway), sorts the choices by expert once, and
-launches two kernels for all that has landed together (for one token: has them launched, see
-`gpu_token`). Tiles are cut from an expert's tokens alone,
-and parts are summed in ascending expert id, so the result depends neither on the order of arrival
-nor on what is resident. See `gpu_kernels`.
+launches two kernels for all that has landed together (one token's are recorded, see `gpu_token`).
+Tiles are cut from an expert's tokens alone, and parts are summed in ascending expert id, so the
+result depends neither on the order of arrival nor on what is resident. See `gpu_kernels`.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def computes_natively(config: Config) -> bool:
 
 
 def open_card() -> Card:
-    """Return the card to the card that torch computes on.
+    """Return the card that torch computes on.
 
     Raises:
         ConfigError: there is none.
@@ -57,7 +57,7 @@ class Blueprint:
         dtype: what it computes in.
         context_tokens: prompt and answer together.
         memory: the memory plan of where the slots are.
-        card: to the GPU that they are on; None: they are in the host's memory.
+        card: the GPU that they are on; None: they are in the host's memory.
         host: the host's memory plan if there is a GPU; its slots are records in pinned memory.
     """
 

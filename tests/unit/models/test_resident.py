@@ -19,7 +19,7 @@ from fate_moe.errors import FormatError
 from fate_moe.models import resident
 from fate_moe.models.checkpoint import open_checkpoint
 from fate_moe.models.load import load_residents, quiet_transformers, read_skeleton
-from fate_moe.models.quantized import RecordEmbedding, RecordLinear, use_native
+from fate_moe.models.quantized import RecordEmbedding, RecordLinear, unpack_onto, use_native
 from fate_moe.models.records import find_records, record_name, worth_codes
 from fate_moe.models.resident import ResidentRecords
 from fate_moe.models.scores import Halves
@@ -280,3 +280,32 @@ def test_a_family_config_is_what_it_was(small_store: Path) -> None:
     load_residents(small_store, skeleton, torch.bfloat16)
     assert skeleton.config.to_dict() == before
     assert AutoConfig.from_pretrained(small_store).to_dict() == before
+
+
+def test_unpacked_for_a_card_layers_hold_the_same_weights(small_store: Path) -> None:
+    """What a GPU multiplies by: plain layers, one matrix where records are one and the same."""
+    model, _ = load_residents(small_store, read_skeleton(small_store), torch.float32)
+    use_native(model, False)
+    ids = torch.arange(3, 19)[None]
+    recorded = {
+        path: (module.weight.clone(), module)
+        for path, module in model.named_modules()
+        if isinstance(module, RecordLinear | RecordEmbedding)
+    }
+    biases = [
+        module.bias for _, module in recorded.values() if getattr(module, "bias", None) is not None
+    ]
+    assert biases
+    for bias in biases:
+        torch.nn.init.normal_(bias)  # zero in a fresh model, where a lost one would not show
+    unpack_onto(model, torch.device("cpu"))
+    assert len(recorded) > 20
+    for path, (weight, before) in recorded.items():
+        after = model.get_submodule(path)
+        assert type(after) in (nn.Linear, nn.Embedding)
+        assert torch.equal(after.weight, weight), path
+        if isinstance(before, RecordLinear):
+            x = torch.randn(2, before.in_features, generator=torch.Generator().manual_seed(1))
+            torch.testing.assert_close(after(x), before(x), rtol=1e-5, atol=1e-5)
+        else:
+            assert torch.equal(after(ids), before(ids))
