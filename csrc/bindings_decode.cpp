@@ -125,7 +125,7 @@ void add_attention(nb::module_& m) {
            "normed"_a, Unlocked());
 }
 
-// The small ones keep the interpreter's lock: giving it back takes longer than they do.
+// Norm and router keep the interpreter's lock: giving it back takes longer than they do.
 void add_small(nb::module_& m) {
   m.def("rms_norm",
         [](Address x, Address weight, int count, float eps, Address out) {
@@ -133,6 +133,15 @@ void add_small(nb::module_& m) {
                                           at<float>(out));
         },
         "x"_a, "weight"_a, "count"_a, "eps"_a, "out"_a);
+
+  m.def("project",
+        [](const fate::Projection& matrix, Address x, Address y) {
+          Locked our;
+          fate::Products products;
+          products.prepare(at<float>(x), {{&matrix, at<float>(y)}});
+          products.run(our.pool);
+        },
+        "matrix"_a, "x"_a, "y"_a, nb::call_guard<nb::gil_scoped_release>());
 
   nb::class_<fate::RouterBlock>(m, "RouterBlock")
       .def("__init__",

@@ -78,6 +78,8 @@ class Projection:
     @staticmethod
     def of_floats(rows: int, cols: int, weight: int, bias: int) -> Projection: ...
 
+def project(matrix: Projection, x: int, y: int) -> None: ...
+
 class AttentionShape:
     def __init__(
         self,

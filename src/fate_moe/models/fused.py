@@ -32,7 +32,7 @@ def fuse(model: nn.Module, tokens: int) -> dict[str, int]:
         model: of transformers, loaded.
         tokens: prompt and answer together, at most; caches make room for no more at once.
     Returns:
-        How many of each kind: layer, attention, block, norm, router, dense.
+        How many of each kind: layer, attention, block, norm, router, linear, dense.
     """
     counts: Counter[str] = Counter()
     positions = Positions()
@@ -74,9 +74,9 @@ def unfuse(model: nn.Module) -> None:
     """Give every module its own forward back."""
     from fate_moe.models.fused_block import FusedBlock
     from fate_moe.models.fused_layer import FusedLayer
-    from fate_moe.models.fused_parts import FusedDense, FusedNorm, FusedRouter
+    from fate_moe.models.fused_parts import FusedDense, FusedLinear, FusedNorm, FusedRouter
 
-    kinds = FusedAttention, FusedBlock, FusedLayer, FusedDense, FusedNorm, FusedRouter
+    kinds = FusedAttention, FusedBlock, FusedLayer, FusedDense, FusedLinear, FusedNorm, FusedRouter
     for module in model.modules():
         forward = module.__dict__.get("forward")
         if isinstance(getattr(forward, "__self__", None), kinds):

@@ -1,6 +1,6 @@
-"""How are a norm, a router and a dense feed-forward computed natively, each in one call?
+"""How are a norm, a router, a linear layer and a dense feed-forward computed natively, in one call?
 
-Norm and router for one token, the feed-forward for many as well. Recognised by structure, tried on
+All for one token, the feed-forward for many as well. Recognised by structure, tried on
 random input beside the module's own forward, left alone where that differs.
 """
 
@@ -29,6 +29,9 @@ _PROJECTIONS = "gate_proj", "up_proj", "down_proj"
 _DRAWS = (0.1, 1), (1.0, 1), (10.0, 1), (1.0, 1), (1.0, 3)
 """Scale and number of the random tokens that are tried."""
 
+
+_WORTH_SHARING = 2**16
+"""Weights from which on several cores share a product; below, torch is as fast."""
 
 _NOTHING = torch.empty(0)
 
@@ -98,6 +101,31 @@ class FusedRouter:
             hidden_states.data_ptr(), logits.data_ptr(), weights.data_ptr(), ids.data_ptr()
         )
         return logits, weights, ids
+
+
+class FusedLinear:
+    """The one-token forward of a linear layer of floats, such as the vocabulary's.
+
+    torch takes up to three times as long to read so large a matrix once (docs/performance.md).
+    """
+
+    def __init__(self, module: Any) -> None:
+        """Bind a linear layer, or raise TypeError: it is none, or too small to gain."""
+        if type(module) is not nn.Linear or module.weight.numel() < _WORTH_SHARING:
+            raise TypeError("no large linear layer of floats")
+        self._kept = Matrix(module)
+        self._matrix, self._project = self._kept.projection, core().project
+        self.width, self._rows = module.in_features, module.out_features
+        self.tolerance = self._kept.tolerance
+        self.own = module.forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply one token [.., D] natively, others as ever."""
+        if not is_one_token(x, self.width):
+            return self.own(x)
+        y = torch.empty(*x.shape[:-1], self._rows)
+        self._project(self._matrix, x.data_ptr(), y.data_ptr())
+        return y
 
 
 class FusedDense:
@@ -198,6 +226,7 @@ _MAKERS: dict[str, list[Callable[[Any], Any]]] = {
     "router": [lambda module: FusedRouter(module, False), lambda module: FusedRouter(module, True)],
     "dense": [FusedDense],
     "norm": [FusedNorm],
+    "linear": [FusedLinear],
 }
 
 

@@ -393,6 +393,37 @@ def test_many_tokens_of_records_in_one_call(bits: int, tokens: int) -> None:
     assert torch.equal(fused.forward(x), want)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [False, True])
+def test_one_token_of_a_large_linear_layer(bias: bool) -> None:
+    torch.manual_seed(0)
+    module = nn.Linear(257, 300, bias=bias)
+    kind, fused = fuse_part(module)  # type: ignore[misc]
+    assert kind == "linear"
+    x, several = torch.randn(1, 1, 257), torch.randn(1, 3, 257)
+    exact = x.double() @ module.weight.double().T + (0 if module.bias is None else module.bias)
+    got = fused.forward(x)
+    assert got.shape == (1, 1, 300)
+    assert float((got - exact).norm() / exact.norm()) < 1e-6
+    assert torch.equal(fused.forward(several), module(several))
+    assert torch.equal(fused.forward(x.transpose(0, 1)), got)  # the same bits each time
+
+
+def test_small_and_other_linear_layers_are_left_alone() -> None:
+    assert fuse_part(nn.Linear(8, 8)) is None
+    assert fuse_part(nn.Linear(300, 300, dtype=torch.bfloat16)) is None
+
+
+def test_the_vocabulary_is_computed_natively() -> None:
+    model = make_model("qwen2_moe", vocab_size=4096)
+    counts, apart = run_both(model)
+    assert counts["linear"] >= 1
+    assert model.lm_head.forward.__self__.__class__.__name__ == "FusedLinear"
+    assert 0 < apart < BOUND
+    unfuse(model)
+    assert "forward" not in model.lm_head.__dict__
+
+
 class Wrong:
     """Ways in which attention could differ from what it looks like."""
 
