@@ -64,14 +64,21 @@ void add_shapes(nb::module_& m) {
                   [](const fate::MatrixPlace& place, Address record, Address bias) {
                     need(record != 0, "a projection needs its record");
                     return fate::Projection{place, at<std::uint8_t>(record), nullptr,
-                                            at<float>(bias)};
+                                            nullptr, at<float>(bias)};
                   },
                   "place"_a, "record"_a, "bias"_a)
       .def_static("of_floats",
                   [](int rows, int cols, Address weight, Address bias) {
                     need(rows > 0 && cols > 0 && weight != 0, "a projection needs its weights");
                     return fate::Projection{{rows, cols, 0, 0, 0, 0, 0, 0}, nullptr,
-                                            at<float>(weight), at<float>(bias)};
+                                            at<float>(weight), nullptr, at<float>(bias)};
+                  },
+                  "rows"_a, "cols"_a, "weight"_a, "bias"_a)
+      .def_static("of_bfloats",
+                  [](int rows, int cols, Address weight, Address bias) {
+                    need(rows > 0 && cols > 0 && weight != 0, "a projection needs its weights");
+                    return fate::Projection{{rows, cols, 0, 0, 0, 0, 0, 0}, nullptr, nullptr,
+                                            at<std::uint16_t>(weight), at<float>(bias)};
                   },
                   "rows"_a, "cols"_a, "weight"_a, "bias"_a);
 
@@ -135,13 +142,12 @@ void add_small(nb::module_& m) {
         "x"_a, "weight"_a, "count"_a, "eps"_a, "out"_a);
 
   m.def("project",
-        [](const fate::Projection& matrix, Address x, Address y) {
+        [](const fate::Projection& matrix, Address x, int tokens, Address y) {
+          need(tokens == 1 || (tokens > 1 && matrix.bfloats), "many tokens need bfloat16 weights");
           Locked our;
-          fate::Products products;
-          products.prepare(at<float>(x), {{&matrix, at<float>(y)}});
-          products.run(our.pool);
+          fate::project(our.pool, matrix, at<float>(x), tokens, at<float>(y));
         },
-        "matrix"_a, "x"_a, "y"_a, nb::call_guard<nb::gil_scoped_release>());
+        "matrix"_a, "x"_a, "tokens"_a, "y"_a, nb::call_guard<nb::gil_scoped_release>());
 
   nb::class_<fate::RouterBlock>(m, "RouterBlock")
       .def("__init__",

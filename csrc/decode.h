@@ -18,6 +18,11 @@ struct DecodeKernels {
   // y[r - first] = dot(w[r], x) for rows [first, last) of w [rows, cols].
   void (*gemv)(const float* w, const float* x, int cols, int first, int last, float* y);
 
+  // The same for tokens x [tokens, cols] and bfloat16 weights, each widened first, into
+  // y [tokens, rows] at columns [first, last). Every token's bits are those that `gemv` gives it.
+  void (*gemm)(const std::uint16_t* w, const float* x, int cols, int tokens, int first, int last,
+               float* y, std::size_t rows);
+
   // Softmax attention of `queries` [queries, dim] over keys and values [length, dim] into
   // out [queries, dim]. `scores`: queries * length floats.
   void (*attend)(const float* q, const float* keys, const float* values, int length, int dim,

@@ -11,15 +11,25 @@ template <class S> struct Decode {
   static constexpr int L = 4 * S::W;  // floats of a vector
   static constexpr int kTile = 64;    // tokens whose keys, then values, stay in the first cache
 
-  static float dot(const float* a, const float* b, int count) {
+  // Weights are floats, or bfloat16: the upper half of a float.
+  static F wide(const float* w) { return S::f_load(w); }
+  static F wide(const std::uint16_t* w) { return S::f_bfloat(w); }
+  static float wide_one(float w) { return w; }
+  static float wide_one(std::uint16_t w) {
+    const std::uint32_t bits = static_cast<std::uint32_t>(w) << 16;
+    float out = 0;
+    std::memcpy(&out, &bits, sizeof out);
+    return out;
+  }
+
+  template <class Weight> static float dot(const Weight* a, const float* b, int count) {
     F s[4] = {S::f_zero(), S::f_zero(), S::f_zero(), S::f_zero()};
     int i = 0;
     for (; i + 4 * L <= count; i += 4 * L)
-      for (int j = 0; j < 4; ++j)
-        s[j] = S::fma(S::f_load(a + i + j * L), S::f_load(b + i + j * L), s[j]);
-    for (; i + L <= count; i += L) s[0] = S::fma(S::f_load(a + i), S::f_load(b + i), s[0]);
+      for (int j = 0; j < 4; ++j) s[j] = S::fma(wide(a + i + j * L), S::f_load(b + i + j * L), s[j]);
+    for (; i + L <= count; i += L) s[0] = S::fma(wide(a + i), S::f_load(b + i), s[0]);
     float sum = S::sum(S::add(S::add(s[0], s[1]), S::add(s[2], s[3])));
-    for (; i < count; ++i) sum += a[i] * b[i];
+    for (; i < count; ++i) sum += wide_one(a[i]) * b[i];
     return sum;
   }
 
@@ -54,6 +64,55 @@ template <class S> struct Decode {
       }
     }
     for (; r < last; ++r) y[r - first] = dot(w + static_cast<std::size_t>(r) * cols, x, cols);
+  }
+
+  // Products of kRows rows with N tokens, summed as `gemv` sums them.
+  static constexpr int kRows = 4;
+  template <int N>
+  static void tile(const std::uint16_t* w, const float* x, int cols, float* y, std::size_t rows) {
+    F s[N][kRows];
+    for (int t = 0; t < N; ++t)
+      for (int j = 0; j < kRows; ++j) s[t][j] = S::f_zero();
+    int i = 0;
+    for (; i + L <= cols; i += L) {
+      F row[kRows];
+      for (int j = 0; j < kRows; ++j) row[j] = wide(w + static_cast<std::size_t>(j) * cols + i);
+      for (int t = 0; t < N; ++t) {
+        const F at = S::f_load(x + static_cast<std::size_t>(t) * cols + i);
+        for (int j = 0; j < kRows; ++j) s[t][j] = S::fma(row[j], at, s[t][j]);
+      }
+    }
+    for (int t = 0; t < N; ++t)
+      for (int j = 0; j < kRows; ++j) {
+        float sum = S::sum(s[t][j]);
+        for (int k = i; k < cols; ++k)
+          sum += wide_one(w[static_cast<std::size_t>(j) * cols + k]) *
+                 x[static_cast<std::size_t>(t) * cols + k];
+        y[t * rows + j] = sum;
+      }
+  }
+
+  static constexpr int kAtOnce = S::W == 2 ? 2 : 6;   // tokens of a tile: as registers allow
+  static constexpr int kBlock = 48;                   // tokens that stay in the second cache
+
+  static void gemm(const std::uint16_t* w, const float* x, int cols, int tokens, int first,
+                   int last, float* y, std::size_t rows) {
+    for (int from = 0; from < tokens; from += kBlock) {
+      const int to = least(from + kBlock, tokens);
+      int r = first;
+      for (; r + kRows <= last; r += kRows) {
+        const std::uint16_t* row = w + static_cast<std::size_t>(r) * cols;
+        int t = from;
+        for (; t + kAtOnce <= to; t += kAtOnce)
+          tile<kAtOnce>(row, x + static_cast<std::size_t>(t) * cols, cols, y + t * rows + r, rows);
+        for (; t < to; ++t)
+          tile<1>(row, x + static_cast<std::size_t>(t) * cols, cols, y + t * rows + r, rows);
+      }
+      for (; r < last; ++r)
+        for (int t = from; t < to; ++t)
+          y[t * rows + r] = dot(w + static_cast<std::size_t>(r) * cols,
+                                x + static_cast<std::size_t>(t) * cols, cols);
+    }
   }
 
   static void exp_less(float* x, int count, float most) {
@@ -117,7 +176,7 @@ template <class S> struct Decode {
   }
 
   static constexpr DecodeKernels table() {
-    return {S::name, rms_norm, rotate, gemv, attend, softmax};
+    return {S::name, rms_norm, rotate, gemv, gemm, attend, softmax};
   }
 };
 

@@ -19,6 +19,8 @@ void rows_of(const Product& product, const ActRow& codes, const float* x, int fi
   const Projection& w = *product.matrix;
   if (w.record != nullptr) {
     active().gemv(w.place.at(w.record), codes, first, last, product.y + first);
+  } else if (w.bfloats != nullptr) {
+    decode_kernels().gemm(w.bfloats, x, w.place.cols, 1, first, last, product.y, w.place.rows);
   } else {
     decode_kernels().gemv(w.weight, x, w.place.cols, first, last, product.y + first);
   }
@@ -60,6 +62,23 @@ void Products::operator()(int from, int to, int) const {
 void Products::run(Pool& pool) const {
   if (!is_worth_sharing()) return (*this)(0, pieces(), 0);
   pool.run_spans(pieces(), *this);
+}
+
+void project(Pool& pool, const Projection& matrix, const float* x, int tokens, float* y) {
+  if (tokens == 1) {
+    Products products;
+    products.prepare(x, {{&matrix, y}});
+    return products.run(pool);
+  }
+  const int rows = matrix.place.rows;
+  const std::size_t stride = rows;
+  pool.run_spans((rows + kRowsAtOnce - 1) / kRowsAtOnce, [&](int from, int to, int) {
+    const int first = from * kRowsAtOnce, last = std::min(to * kRowsAtOnce, rows);
+    decode_kernels().gemm(matrix.bfloats, x, matrix.place.cols, tokens, first, last, y, stride);
+    if (matrix.bias != nullptr)
+      for (int t = 0; t < tokens; ++t)
+        for (int r = first; r < last; ++r) y[t * stride + r] += matrix.bias[r];
+  });
 }
 
 }  // namespace fate

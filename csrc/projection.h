@@ -9,11 +9,13 @@
 
 namespace fate {
 
-// y = W x + bias for one token; W is a record, or floats [rows, cols] where `record` is null.
+// y = W x + bias for one token; W is a record, else floats, else bfloat16 [rows, cols]: what is not
+// null.
 struct Projection {
   MatrixPlace place;
   const std::uint8_t* record;
   const float* weight;
+  const std::uint16_t* bfloats;
   const float* bias;  // may be null
 };
 
@@ -49,5 +51,8 @@ class Products {
   std::size_t weights_ = 0;
   const float* x_ = nullptr;
 };
+
+// y [tokens, rows] = x W^T + bias for tokens x [tokens, cols], of bfloat16 or, one token, of floats.
+void project(Pool& pool, const Projection& matrix, const float* x, int tokens, float* y);
 
 }  // namespace fate

@@ -58,6 +58,9 @@ struct Neon {
   static void f_store(float* p, F a) { vst1q_f32(p, a); }
   static F f_set(float x) { return vdupq_n_f32(x); }
   static F f_half(const std::uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+  static F f_bfloat(const std::uint16_t* p) {
+    return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16));
+  }
   static F mul(F a, F b) { return vmulq_f32(a, b); }
   static F add(F a, F b) { return vaddq_f32(a, b); }
   static F sub(F a, F b) { return vsubq_f32(a, b); }

@@ -60,6 +60,14 @@ struct Portable {
   static void f_store(float* p, F a) { std::memcpy(p, &a, 16); }
   static F f_set(float x) { return {{x, x, x, x}}; }
   static F f_half(const std::uint16_t* p) { F r; for (int i = 0; i < 4; ++i) r.v[i] = half_to_float(p[i]); return r; }
+  static F f_bfloat(const std::uint16_t* p) {
+    F r;
+    for (int i = 0; i < 4; ++i) {
+      const std::uint32_t bits = static_cast<std::uint32_t>(p[i]) << 16;
+      std::memcpy(&r.v[i], &bits, sizeof bits);
+    }
+    return r;
+  }
   static F mul(F a, F b) { for (int i = 0; i < 4; ++i) a.v[i] *= b.v[i]; return a; }
   static F add(F a, F b) { for (int i = 0; i < 4; ++i) a.v[i] += b.v[i]; return a; }
   static F sub(F a, F b) { for (int i = 0; i < 4; ++i) a.v[i] -= b.v[i]; return a; }

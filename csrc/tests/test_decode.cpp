@@ -30,8 +30,8 @@ struct Matrices {
       for (int c = 0; c < cols; ++c)
         exact.back()[1ul * r * cols + c] =
             codes ? records.back().weight(r, c, 4) : floats.back()[1ul * r * cols + c];
-    if (codes) return {records.back().place, records.back().bytes.get(), nullptr, nullptr};
-    return {{rows, cols, 0, 0, 0, 0, 0, 0}, nullptr, floats.back().data(), nullptr};
+    if (codes) return {records.back().place, records.back().bytes.get(), nullptr, nullptr, nullptr};
+    return {{rows, cols, 0, 0, 0, 0, 0, 0}, nullptr, floats.back().data(), nullptr, nullptr};
   }
 
   std::vector<double> times(std::size_t which, const std::vector<double>& x) const {
@@ -97,6 +97,40 @@ void check_dense(Pool& pool, const char* isa, int width, int inner, bool codes, 
             wanted({four.begin() + from, four.begin() + from + width}), 3e-3, "many", isa);
 }
 
+// Weights of bfloat16: the same bits for a token whether it comes alone or among others, and those
+// of the same weights as floats.
+void check_bfloats(Pool& pool, const char* isa, int rows, int cols, int tokens) {
+  std::vector<std::uint16_t> narrow(1ul * rows * cols);
+  std::vector<float> wide(narrow.size());
+  for (std::size_t i = 0; i < narrow.size(); ++i) {
+    const float value = random_value();
+    std::uint32_t bits = 0;
+    std::memcpy(&bits, &value, 4);
+    narrow[i] = static_cast<std::uint16_t>(bits >> 16);
+    bits &= 0xffff0000u;
+    std::memcpy(&wide[i], &bits, 4);
+  }
+  const std::vector<float> x = random_values(1ul * tokens * cols), bias = random_values(rows);
+  const MatrixPlace place{rows, cols, 0, 0, 0, 0, 0, 0};
+  const Projection matrix{place, nullptr, nullptr, narrow.data(), bias.data()};
+  const Projection floats{place, nullptr, wide.data(), nullptr, bias.data()};
+  std::vector<float> all(1ul * tokens * rows, NAN), one(rows, NAN), other(rows, NAN);
+  project(pool, matrix, x.data(), tokens, all.data());
+  for (int t = 0; t < tokens; ++t) {
+    project(pool, matrix, x.data() + 1ul * t * cols, 1, one.data());
+    project(pool, floats, x.data() + 1ul * t * cols, 1, other.data());
+    expect(std::memcmp(one.data(), other.data(), 4ul * rows) == 0, "bfloat16 and float differ", isa, cols);
+    expect(std::memcmp(one.data(), all.data() + 1ul * t * rows, 4ul * rows) == 0,
+           "a token alone and among others differ", isa, t);
+    std::vector<double> want(rows, 0.0);
+    for (int r = 0; r < rows; ++r) {
+      want[r] = bias[r];
+      for (int c = 0; c < cols; ++c) want[r] += 1.0 * wide[1ul * r * cols + c] * x[1ul * t * cols + c];
+    }
+    compare(one, want, 1e-5, "bfloat16", isa);
+  }
+}
+
 void check_attend(Pool& pool, const char* isa, int heads, int kv_heads, int dim, int length) {
   const int rotary = dim / 2 / 2 * 2, rows = length + 1;
   std::vector<float> q = random_values(1ul * heads * dim), k = random_values(1ul * kv_heads * dim);
@@ -153,6 +187,8 @@ int main() {
       for (const bool shared : {false, true})
         for (const auto& [width, inner] : std::vector<std::pair<int, int>>{{32, 64}, {160, 96}, {288, 352}})
           check_dense(pool, kernels->name, width, inner, codes, shared);
+    for (const auto& [rows, cols] : std::vector<std::pair<int, int>>{{1, 1}, {7, 33}, {40, 64}, {259, 100}})
+      for (const int tokens : {1, 2, 6, 7, 61}) check_bfloats(pool, kernels->name, rows, cols, tokens);
     for (const auto& [heads, kv_heads] : std::vector<std::pair<int, int>>{{1, 1}, {4, 2}, {6, 1}})
       for (const int dim : {4, 20, 64})
         for (const int length : {0, 1, 7, 300}) check_attend(pool, kernels->name, heads, kv_heads, dim, length);

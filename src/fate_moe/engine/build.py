@@ -64,7 +64,9 @@ def build(
     if config.compute.threads is not None:
         torch.set_num_threads(config.compute.threads)
     progress("loading the model", 0, 1)
-    model, sites = load_residents(store, blueprint.skeleton, blueprint.dtype, blueprint.device)
+    model, sites = load_residents(
+        store, blueprint.skeleton, blueprint.dtype, blueprint.device, narrow=blueprint.narrow
+    )
     progress("loading the model", 1, 1)
     _check_sites(blueprint, sites)
     predictor = make_predictor(config.predict, _known(blueprint, sites))

@@ -18,7 +18,7 @@ from fate_moe.config import Limits
 from fate_moe.errors import ConfigError
 from fate_moe.models.load import Skeleton
 from fate_moe.models.quantized import UNPACKED_BYTES
-from fate_moe.models.records import is_record, record_shapes
+from fate_moe.models.records import is_record, kept_narrow, record_shapes
 from fate_moe.store.format import Manifest
 from fate_moe.store.header import read_header
 from fate_moe.telemetry import rss_bytes
@@ -30,7 +30,7 @@ _CHUNK_SHARE = 0.1  # of what the routed experts weigh: its activations may take
 
 DEFAULT_CONTEXT_TOKENS = 4096
 
-_MARGIN_BYTES = 48 * 2**20  # allocator slack, thread stacks, libraries loaded late
+_MARGIN_BYTES = 64 * 2**20  # allocator slack, thread stacks, libraries loaded late
 # One expert being unpacked, in bytes per byte of its record. From four bits: codes, float32 weights
 # and the model's dtype, 12 bytes a weight over half a byte. Unquantized: at most a cast.
 _UNPACKED = {4: 24, 8: 12, 16: 3, 32: 2}
@@ -53,6 +53,8 @@ def demands_of(
     context: int,
     scored: int,
     cache: str,
+    *,
+    narrow: bool = False,
 ) -> Demands:
     """Size up a store.
 
@@ -62,13 +64,17 @@ def demands_of(
         context: prompt and answer together, in tokens.
         scored: tokens whose scores over the vocabulary are held at once.
         cache: name of the eviction policy.
+        narrow: large matrices of bfloat16 stay so.
     """
     header = read_header(store / manifest.resident.file)
-    plain = [entry for name, entry in header.tensors.items() if not is_record(name)]
+    kept = list(kept_narrow(header, skeleton.module).values()) if narrow else []
+    records = [entry for name, entry in header.tensors.items() if is_record(name)] + kept
+    names = {entry.name for entry in records}
+    plain = [entry for name, entry in header.tensors.items() if name not in names]
     sizes = [prod(entry.shape) * dtype.itemsize for entry in plain]
-    matrices = record_shapes(header, skeleton.module)
+    matrices = record_shapes(header, skeleton.module) + [entry.shape for entry in kept]
     shapes = [entry.shape for entry in plain] + list(matrices)
-    records_bytes = sum(entry.nbytes for name, entry in header.tensors.items() if is_record(name))
+    records_bytes = sum(entry.nbytes for entry in records)
     # Before the process is weighed: asking the family's code takes memory for good, the first time.
     kv_bytes = skeleton.kv_bytes(context, dtype)
     per_token = _bytes_per_token(skeleton, shapes, matrices, dtype, context)
@@ -204,5 +210,5 @@ def _bits(manifest: Manifest) -> int:
 
 
 def _score_bytes(skeleton: Skeleton, scored: int) -> int:
-    """Float32 logits of the scored positions and three copies of them."""
-    return 4 * 4 * skeleton.vocabulary * scored
+    """Float32 logits of the scored positions and five arrays as large: two models are compared."""
+    return 6 * 4 * skeleton.vocabulary * scored

@@ -103,13 +103,11 @@ class Engine:
 
     @property
     def _resident(self) -> list[str]:
-        bits = resident_bits(self.blueprint.manifest)
+        bits, native = resident_bits(self.blueprint.manifest), is_native(self.model)
         if bits == 16:
-            return []
+            return ["resident bfloat16, computed natively"] if native else []
         dtype = str(self.blueprint.dtype).removeprefix("torch.")
-        return [
-            f"resident INT{bits}, computed {'natively' if is_native(self.model) else f'in {dtype}'}"
-        ]
+        return [f"resident INT{bits}, computed {'natively' if native else f'in {dtype}'}"]
 
     def report(self) -> Report:
         """Say what happened since the engine was built or `reset`."""

@@ -32,6 +32,15 @@ def computes_natively(config: Config) -> bool:
     return config.compute.compute != "eager" and not on_gpu and native.is_available()
 
 
+def stays_narrow(config: Config, manifest: Manifest, dtype: torch.dtype) -> bool:
+    """Say whether large matrices of bfloat16 stay so: where the core computes in float32.
+
+    Not beside experts as they are: a prompt through those gives the bits of plain transformers.
+    """
+    as_they_are = manifest.quantization["bits"] not in (4, 8)
+    return computes_natively(config) and dtype is torch.float32 and not as_they_are
+
+
 def open_card() -> Card:
     """Return the card that torch computes on.
 
@@ -75,6 +84,11 @@ class Blueprint:
     def device(self) -> torch.device:
         """What the model computes on."""
         return torch.device("cpu") if self.card is None else self.card.device
+
+    @property
+    def narrow(self) -> bool:
+        """Whether large matrices of bfloat16 stay so; see `models/records.py`."""
+        return stays_narrow(self.config, self.manifest, self.dtype)
 
     @property
     def experts(self) -> list[int]:
@@ -122,7 +136,8 @@ def draw(store: Path, config: Config) -> Blueprint:
     card = open_card() if on_gpu else None  # before the process is weighed: it grows by this
     context = context_tokens(config.limits, skeleton)
     scored, cache = config.limits.scored_tokens, config.cache.cache
-    need = demands_of(store, manifest, skeleton, dtype, context, scored, cache)
+    narrow = stays_narrow(config, manifest, dtype)
+    need = demands_of(store, manifest, skeleton, dtype, context, scored, cache, narrow=narrow)
     gc.collect()  # an engine before this one may be unreachable and still hold its slots
     available = available_bytes(rss_bytes(), system_available_bytes())
     if card is None:

@@ -155,12 +155,18 @@ class Matrix:
         address = 0 if self._kept[0] is None else self._kept[0].data_ptr()
         if type(module) is RecordLinear and module.native and module.record is not None:
             (matrix,), (at,) = module.layout.matrices, module.layout.offsets
+            self._kept.append(module.record)
+            start = module.record.data_ptr()
+            if module.layout.is_unquantized:
+                shape = matrix.rows, matrix.cols
+                self.projection = native.Projection.of_bfloats(*shape, start, address)
+                self.tolerance = TOLERANCE
+                return
             place = native.MatrixPlace(
                 matrix.rows, matrix.cols, matrix.group, module.layout.bits,
                 at.scale, at.zero, at.high, at.low,
             )  # fmt: skip
-            self._kept.append(module.record)
-            self.projection = native.Projection.of_record(place, module.record.data_ptr(), address)
+            self.projection = native.Projection.of_record(place, start, address)
             self.tolerance = CODES_TOLERANCE
         elif type(module) is nn.Linear and is_plain(module.weight):
             weight = module.weight.detach()

@@ -21,7 +21,7 @@ from fate_moe.errors import ModelError
 from fate_moe.models.families import REFUSED
 from fate_moe.models.kv_cache import kv_growth, most_of, new_cache
 from fate_moe.models.quantized import unpack_onto
-from fate_moe.models.records import find_records, is_record
+from fate_moe.models.records import find_records
 from fate_moe.models.seam import MoESite, experts_left_out, find_sites
 
 _AUTO_CLASSES = (
@@ -181,17 +181,24 @@ def choose_dtype(
 
 
 def load_residents(
-    folder: Path, skeleton: Skeleton, dtype: torch.dtype, device: torch.device = _HOST
+    folder: Path,
+    skeleton: Skeleton,
+    dtype: torch.dtype,
+    device: torch.device = _HOST,
+    *,
+    narrow: bool = False,
 ) -> tuple[Any, list[MoESite]]:
     """Load a store's model without its routed experts.
 
+    Args:
+        narrow: large matrices of bfloat16 stay so, and are computed natively in float32.
     Returns:
         The transformers model in eval mode, and its MoE sites in model order.
     Raises:
         ModelError: a tensor is missing, unexpected or of the wrong shape.
         FormatError: a record is no matrix of the model, or cannot be read.
     """
-    records = find_records(folder, skeleton.module)
+    records = find_records(folder, skeleton.module, narrow)
     model_class: Any = records.model_class(type(skeleton.module), dtype)
     generation = _generation_config(folder, skeleton)
     with quiet_transformers(), experts_left_out(skeleton.module):
@@ -204,7 +211,7 @@ def load_residents(
         except (OSError, ValueError, RuntimeError) as error:
             raise ModelError(f"{folder}: {_first_line(error)}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        keys = sorted(str(key) for key in info.get(kind) or () if not is_record(str(key)))
+        keys = sorted(str(key) for key in info.get(kind) or () if str(key) not in records.names)
         if keys:
             raise ModelError(
                 f"{folder}: {len(keys)} {kind.replace('_', ' ')} in the store, first {keys[0]};"

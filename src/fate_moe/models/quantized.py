@@ -1,14 +1,16 @@
 """How does a linear layer, or an embedding, compute from a record instead of from floats?
 
 They stand in for `nn.Linear` and `nn.Embedding` of a transformers model. A linear layer asks the
-native core, which rounds its input to int8 on the way; where that is missing or not wanted it
-unpacks a few rows at a time and multiplies as torch does. An embedding unpacks the rows asked for.
-Nothing unpacked is kept. No gradients.
+native core, which rounds its input to int8 on the way where the record is codes, and computes in
+float32 where it is bfloat16 values. Where the core is missing or not wanted it unpacks a few rows
+at a time and multiplies as torch does. An embedding unpacks the rows asked for. Nothing unpacked is
+kept. No gradients.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -93,8 +95,7 @@ class RecordLinear(_Recorded):
         self._address = 0
         self._bias_address = 0
         self._bias: Tensor | None = None
-        self._place: Any = None
-        self._linear: Any = None
+        self._product: Any = None  # (address of x, tokens, address of y)
 
     def plain(self, weight: nn.Parameter) -> nn.Module:
         """Return the same layer with a matrix [rows, cols] for its record."""
@@ -124,32 +125,42 @@ class RecordLinear(_Recorded):
         tokens = x.numel() // self.in_features
         y = torch.empty((*shape[:-1], self.out_features), dtype=torch.float32)
         if tokens:
-            self._linear(
-                self._place, address, self._bias_address, x.data_ptr(), tokens, y.data_ptr()
-            )
+            self._product(x.data_ptr(), tokens, y.data_ptr())
         return y if dtype is torch.float32 else y.to(dtype)
 
     def _bind(self, address: int) -> None:
         """Look up what every call needs, again whenever the record has moved."""
         core = native.core()
         (matrix,), (at,) = self.layout.matrices, self.layout.offsets
-        self._place = core.MatrixPlace(
-            matrix.rows, matrix.cols, matrix.group, self.layout.bits,
-            at.scale, at.zero, at.high, at.low,
-        )  # fmt: skip
-        self._linear = core.linear
         self._bias = None if self.bias is None else self.bias.detach().float().contiguous()
         self._bias_address = 0 if self._bias is None else self._bias.data_ptr()
+        if self.layout.is_unquantized:
+            shape = matrix.rows, matrix.cols
+            of_values = core.Projection.of_bfloats(*shape, address, self._bias_address)
+            self._product = partial(core.project, of_values)
+        else:
+            place = core.MatrixPlace(
+                matrix.rows, matrix.cols, matrix.group, self.layout.bits,
+                at.scale, at.zero, at.high, at.low,
+            )  # fmt: skip
+            self._product = partial(core.linear, place, address, self._bias_address)
         self._address = address
 
     def _unpack_and_multiply(self, x: Tensor) -> Tensor:
         y = x.new_empty((*x.shape[:-1], self.out_features))
         start = 0
-        for rows in self._all_rows():
-            part = F.linear(x, self._unpacked(rows).to(x.dtype))
-            y[..., start : start + len(rows)] = part
-            start += len(rows)
+        for weights in self._all_weights():
+            stop = start + len(weights)
+            y[..., start:stop] = F.linear(x, weights.to(x.dtype))
+            start = stop
         return y if self.bias is None else y.add_(self.bias.to(x.dtype))
+
+    def _all_weights(self) -> Iterator[Tensor]:
+        """Return the matrix a few rows at a time; values as they are in their own dtype."""
+        if not self.layout.is_unquantized or self.record is None:
+            return map(self._unpacked, self._all_rows())
+        values = self.record.view(getattr(torch, self.layout.dtype)).view(-1, self.in_features)
+        return iter(torch.split(values, max(1, _BLOCK_WEIGHTS // self.in_features)))
 
 
 class RecordEmbedding(_Recorded):

@@ -1,6 +1,8 @@
 """Which matrices besides the experts' are records, and how do they get into a model?
 
 A store says it itself: `resident.safetensors` holds `P.record` where a plain one has `P.weight`.
+Where the native core computes in float32, a plain one of bfloat16 is taken as it is for a record,
+too: widened for good it would take twice the memory, and twice the time to read it for each token.
 The family's class is built as ever, on the meta device; then the layers that have a record are put
 in the place of the plain ones, and transformers loads what is left. Records are read past it, each
 byte once, into one allocation: at no time is a matrix in memory as floats, or twice.
@@ -20,7 +22,16 @@ from fate_moe.errors import FormatError, ModelError
 from fate_moe.memory import Arena
 from fate_moe.models.quantized import RecordEmbedding, RecordLinear
 from fate_moe.models.seam import find_experts
-from fate_moe.quant.record import GROUPS, MAX_DIM, MatrixSpec, RecordLayout, choose_group
+from fate_moe.quant.record import (
+    GROUPS,
+    MAX_DIM,
+    RECORD_ALIGN,
+    SECTION_ALIGN,
+    MatrixSpec,
+    RecordLayout,
+    choose_group,
+    round_up,
+)
 from fate_moe.store.format import RESIDENT_FILE, Manifest, read_manifest
 from fate_moe.store.header import Header, TensorEntry, read_header
 
@@ -113,12 +124,14 @@ class Records:
         entries: module path -> the tensor in the file.
         layouts: module path -> its layout.
         tied: module path without a record of its own -> the path whose record it shares.
+        names: of the file's tensors that are read, or left out, for all this.
     """
 
     file: Path
     entries: Mapping[str, TensorEntry]
     layouts: Mapping[str, RecordLayout]
     tied: Mapping[str, str] = field(default_factory=dict)
+    names: frozenset[str] = frozenset()
 
     def model_class(self, cls: type[nn.Module], dtype: torch.dtype) -> Any:
         """Derive a family's class that has layers with records where the store has them."""
@@ -144,16 +157,17 @@ class Records:
         """
         if not self.entries:
             return
-        arena = Arena(1, sum(entry.nbytes for entry in self.entries.values()))
+        sizes = [round_up(entry.nbytes, SECTION_ALIGN) for entry in self.entries.values()]
+        arena = Arena(1, round_up(sum(sizes), RECORD_ALIGN))
         memory, view, start = arena.tensor(0), arena.view(0), 0
         try:
             with self.file.open("rb", buffering=0) as file:
-                for path, entry in self.entries.items():
+                for (path, entry), size in zip(self.entries.items(), sizes, strict=True):
                     file.seek(entry.offset)
                     self._read(file, view[start : start + entry.nbytes])
                     module: Any = model.get_submodule(path)
                     module.record = memory[start : start + entry.nbytes]
-                    start += entry.nbytes
+                    start += size
         except OSError as error:
             raise FormatError(f"{self.file}: cannot be read: {error.strerror or error}") from error
         for path, source in self.tied.items():
@@ -186,27 +200,56 @@ class Records:
         }
 
 
-def find_records(folder: Path, skeleton: nn.Module) -> Records:
+def kept_narrow(header: Header, skeleton: nn.Module) -> dict[str, TensorEntry]:
+    """Name the plain matrices of a store that may stay in bfloat16: those that are worth codes.
+
+    Returns:
+        Module path -> the tensor in the file; of tied ones the first alone.
+    """
+    found: dict[int, tuple[str, TensorEntry]] = {}
+    for path, matrix in worth_codes(skeleton).items():
+        entry = header.tensors.get(f"{path}.weight")
+        if entry and entry.dtype == "BF16" and entry.shape == (matrix.rows, matrix.cols):
+            found.setdefault(id(skeleton.get_submodule(path).weight), (path, entry))
+    return dict(found.values())
+
+
+def find_records(folder: Path, skeleton: nn.Module, narrow: bool = False) -> Records:
     """Look up the records in a store.
 
     Args:
         skeleton: the model on the meta device.
+        narrow: plain matrices of bfloat16 are records, too.
     Raises:
         FormatError: a record fits no matrix of the model; nothing is read of it.
     """
     file = folder / RESIDENT_FILE
     header = read_header(file)
+    modules = dict(skeleton.named_modules(remove_duplicate=False))
+    coded = _coded(folder, header, modules)
+    plain = kept_narrow(header, skeleton) if narrow else {}
+    entries = {path: header.tensors[record_name(path)] for path in coded} | plain
+    layouts = coded | {path: _layout_as_it_is(entry) for path, entry in plain.items()}
+    tied = _tied(modules, layouts)
+    names = {entry.name for entry in entries.values()} | {f"{path}.weight" for path in tied}
+    return Records(file, entries, layouts, tied, frozenset(names))
+
+
+def _layout_as_it_is(entry: TensorEntry) -> RecordLayout:
+    rows, cols = entry.shape
+    return RecordLayout((MatrixSpec("weight", rows, cols, 0),), bits=16, dtype="bfloat16")
+
+
+def _coded(folder: Path, header: Header, modules: Mapping[str, Any]) -> dict[str, RecordLayout]:
+    file = folder / RESIDENT_FILE
     entries = {
         name.removesuffix(_SUFFIX): entry
         for name, entry in header.tensors.items()
         if is_record(name)
     }
-    if not entries:
-        return Records(file, {}, {})
-    bits = resident_bits(read_manifest(folder))
-    if bits == 16:
+    bits = resident_bits(read_manifest(folder)) if entries else 16
+    if entries and bits == 16:
         raise FormatError(f"{file}: holds records, fate.json says that there are none")
-    modules = dict(skeleton.named_modules(remove_duplicate=False))
     layouts = {}
     for path, entry in entries.items():
         layout = resident_layout(_matrix(path, _recordable(modules, path)), bits)
@@ -216,7 +259,7 @@ def find_records(folder: Path, skeleton: nn.Module) -> Records:
                 f"({layout.record_bytes},); convert the model again"
             )
         layouts[path] = layout
-    return Records(file, entries, layouts, _tied(modules, layouts))
+    return layouts
 
 
 def resident_layout(matrix: MatrixSpec, bits: int) -> RecordLayout:

@@ -39,12 +39,15 @@ class Halves:
 
     @property
     def projection(self) -> Tensor:
-        """What the output projection is made of: weights [V, D], or its record's bytes [n, 4096].
+        """What the output projection is made of: weights [V, D], or its codes' bytes [n, 4096].
 
         A record is never unpacked for it: as floats it may not fit into the plan.
         """
         output = self._model.get_output_embeddings()
         if isinstance(output, RecordLinear) and output.record is not None:
+            if output.layout.is_unquantized:
+                dtype = getattr(torch, output.layout.dtype)
+                return output.record.view(dtype).view(-1, output.in_features)
             return output.record.view(-1, RECORD_ALIGN)
         weight: Tensor = output.weight
         return weight

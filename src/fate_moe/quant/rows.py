@@ -20,8 +20,8 @@ def decode_rows(layout: RecordLayout, record: Tensor, rows: Tensor) -> Tensor:
     """Rebuild some rows of a matrix.
 
     Args:
-        layout: of one matrix in codes of 4 or 8 bits.
-        record: uint8 [record_bytes].
+        layout: of one matrix.
+        record: uint8 [record_bytes], of values as they are without what pads it.
         rows: which, int64 [n], in any order.
     Returns:
         float32 [n, cols].
@@ -29,6 +29,10 @@ def decode_rows(layout: RecordLayout, record: Tensor, rows: Tensor) -> Tensor:
         IndexError: the matrix has no such row.
     """
     (matrix,), (at,) = layout.matrices, layout.offsets
+    if layout.is_unquantized:
+        size = matrix.rows * matrix.cols * layout.bits // 8
+        values = record[:size].view(getattr(torch, layout.dtype)).view(matrix.rows, matrix.cols)
+        return values.index_select(0, rows).float()
     halves = [
         _rows(record, start, matrix.meta_bytes, matrix, rows) for start in (at.scale, at.zero)
     ]

@@ -12,13 +12,12 @@ from fate_moe.quant.codec import decode, encode
 from fate_moe.quant.record import MatrixSpec, RecordLayout
 from fate_moe.quant.rows import decode_rows
 
+needs_native = pytest.mark.skipif(not native.is_available(), reason=native.why_missing)
+
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
-
-
-needs_native = pytest.mark.skipif(not native.is_available(), reason=native.why_missing)
 
 
 def make_record(rows: int, cols: int, bits: int) -> tuple[RecordLayout, Tensor, Tensor]:
@@ -46,6 +45,43 @@ def test_rows_are_those_of_the_decoded_matrix(rows: int, cols: int, bits: int) -
     for outside in (rows, -1):
         with pytest.raises(IndexError):
             decode_rows(layout, record, torch.tensor([outside]))
+
+
+def make_plain(rows: int, cols: int, *, bias: bool = False) -> tuple[RecordLinear, Tensor]:
+    """Return a layer whose record is bfloat16 values, and those values widened."""
+    layout = RecordLayout((MatrixSpec("weight", rows, cols, 0),), bits=16, dtype="bfloat16")
+    values = torch.randn(rows, cols).bfloat16()
+    linear = RecordLinear(layout, nn.Parameter(torch.randn(rows)) if bias else None, torch.float32)
+    linear.record = values.view(torch.uint8).flatten()
+    return linear, values.float()
+
+
+@pytest.mark.parametrize("natively", [pytest.param(True, marks=needs_native), False])
+@pytest.mark.parametrize("tokens", [0, 1, 2, 17])
+@pytest.mark.parametrize(("rows", "cols"), [(33, 64), (257, 320)])
+def test_values_as_they_are(rows: int, cols: int, tokens: int, natively: bool) -> None:
+    linear, weights = make_plain(rows, cols, bias=True)
+    linear.native = natively
+    x = torch.randn(1, tokens, cols)
+    want = F.linear(x.double(), weights.double(), linear.bias.double())  # type: ignore[union-attr]
+    assert torch.allclose(linear(x).double(), want, rtol=0, atol=1e-4)
+    assert torch.equal(linear.weight, weights)
+    assert linear(x.bfloat16()).dtype is torch.bfloat16
+
+
+@needs_native
+def test_values_as_they_are_give_a_token_the_same_bits_alone_and_among_others() -> None:
+    linear, _ = make_plain(257, 320)
+    x = torch.randn(19, 320)
+    assert torch.equal(linear(x), torch.cat([linear(one) for one in x.split(1)]))
+
+
+def test_an_embedding_of_values_as_they_are() -> None:
+    linear, weights = make_plain(40, 96)
+    embedding = RecordEmbedding(linear.layout, None, torch.float32)
+    embedding.record = linear.record
+    ids = torch.tensor([[3, 39, 0]])
+    assert torch.equal(embedding(ids), F.embedding(ids, weights))
 
 
 def rounded(x: Tensor, group: int) -> Tensor:

@@ -1,0 +1,107 @@
+"""Matrices of bfloat16 that stay so, where the native core computes in float32."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fate_moe import native
+from fate_moe.engine.demands import demands_of
+from fate_moe.engine.prepare import convert_model
+from fate_moe.models.load import load_residents, read_skeleton
+from fate_moe.models.quantized import RecordEmbedding, RecordLinear, use_native
+from fate_moe.models.scores import Halves
+from fate_moe.store.format import read_manifest
+from tests import tiny
+
+pytestmark = pytest.mark.skipif(not native.is_available(), reason=native.why_missing)
+
+LARGE: dict[str, Any] = {"hidden_size": 256, "vocab_size": 601}  # no whole page
+
+
+def make_store(folder: Path, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Path:
+    checkpoint = tiny.save_checkpoint(folder / "checkpoint", **{**LARGE, "dtype": dtype, **changes})
+    for file in checkpoint.glob("*.safetensors"):
+        tensors = {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
+        save_file(tensors, file, metadata={"format": "pt"})
+    convert_model(str(checkpoint), folder / "store", cache_dir=folder)
+    return folder / "store"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_store(tmp_path_factory.mktemp("narrow"))
+
+
+def load(store: Path, *, narrow: bool, dtype: torch.dtype = torch.float32) -> Any:
+    model, sites = load_residents(store, read_skeleton(store), dtype, narrow=narrow)
+    for site in sites:
+        site.experts.attached = lambda x, ids, weights, beside=lambda: None: (
+            x * weights.sum(1, True)
+        )  # type: ignore[assignment]
+    use_native(model, narrow)
+    return model
+
+
+def kept(model: Any) -> dict[str, Any]:
+    kinds = RecordLinear | RecordEmbedding
+    return {path: one for path, one in model.named_modules() if isinstance(one, kinds)}
+
+
+@torch.no_grad()
+def test_they_compute_what_wide_ones_do(store: Path) -> None:
+    wide, narrow = load(store, narrow=False), load(store, narrow=True)
+    assert not kept(wide)
+    assert {"lm_head", "model.embed_tokens"} < kept(narrow).keys()
+    for path, module in kept(narrow).items():
+        assert module.record.dtype is torch.uint8
+        assert module.record.numel() == 2 * wide.get_submodule(path).weight.numel()
+        assert torch.equal(module.weight, wide.get_submodule(path).weight), path
+    plain = dict(wide.named_parameters())
+    for name, parameter in narrow.named_parameters():
+        assert torch.equal(parameter, plain[name]), name
+    ids = torch.arange(3, 20)[None]
+    want, got = wide(ids).logits, narrow(ids).logits
+    assert float((got - want).norm() / want.norm()) < 1e-5
+
+
+def test_what_is_tied_is_one_and_the_same(tmp_path: Path) -> None:
+    store = make_store(tmp_path, tie_word_embeddings=True)
+    model = load(store, narrow=True)
+    assert model.lm_head.record.data_ptr() == model.model.embed_tokens.record.data_ptr()
+    assert torch.equal(Halves(model).projection.float(), model.model.embed_tokens.weight)
+
+
+def test_a_file_may_hold_both_of_what_is_tied(tmp_path: Path) -> None:
+    store = make_store(tmp_path, tie_word_embeddings=True)
+    file = store / "resident.safetensors"
+    tensors = load_file(file)
+    embedding = tensors["model.embed_tokens.weight"]
+    other: Tensor = embedding.flip(0).contiguous()  # transformers takes the embedding's for both
+    save_file({**tensors, "lm_head.weight": other}, file, metadata={"format": "pt"})
+    model = load(store, narrow=True)
+    assert torch.equal(model.lm_head.weight, embedding.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_other_dtypes_are_widened_as_ever(dtype: torch.dtype, tmp_path: Path) -> None:
+    assert not kept(load(make_store(tmp_path, dtype), narrow=True))
+
+
+def test_a_plan_counts_two_bytes_for_each_weight(store: Path) -> None:
+    def weights(narrow: bool) -> tuple[int, int]:
+        need = demands_of(
+            store, read_manifest(store), read_skeleton(store), torch.float32, 64, 1, "lru",
+            narrow=narrow,
+        )  # fmt: skip
+        return need.weights_bytes, need.load_bytes
+
+    model = load(store, narrow=True)
+    records = {one.record.data_ptr(): one.record.numel() for one in kept(model).values()}
+    (wide, wide_load), (narrow, narrow_load) = weights(False), weights(True)
+    assert wide - narrow == sum(records.values())  # four bytes less two
+    assert wide_load > narrow_load
+    assert narrow == sum(records.values()) + 4 * sum(one.numel() for one in model.parameters())
