@@ -17,6 +17,7 @@ LONG_STEPS = 96
 NEWEST = 0.75  # what the newest block weighs: guesses learn, caches fill, machines change
 CLOSE = 1.005  # a level that takes this much longer than the quickest, but guesses less, is taken
 _NAMES = ("without", "with early guesses", "with early and late guesses")
+_TOO_CLOSE = ": too close to be worth the bytes"
 
 
 class Benefit:
@@ -65,8 +66,13 @@ class Benefit:
         state = ("off", "on", "on, twice per layer")[self.level]
         if len(known) < len(self._seconds):
             return f"{state}; too few tokens to say whether it pays"
-        times = ", ".join(f"{1e3 * t:.1f} ms {_NAMES[i]}" for t, i in sorted(known))
-        return f"{state}; a token takes {times}"
+        ranked = sorted(known)
+        times = ", ".join(f"{1e3 * t:.1f} ms {_NAMES[i]}" for t, i in ranked)
+        # The present level need not be the first of these: say why.
+        if self.level != self._quickest():
+            return f"{state}, being tried; a token takes {times}"
+        is_close = self.level != ranked[0][1]
+        return f"{state}; a token takes {times}{_TOO_CLOSE if is_close else ''}"
 
     def _go_on(self) -> None:
         if self._trials:

@@ -92,3 +92,23 @@ def test_words_for_people() -> None:
         "off; a token takes 10.0 ms without, 20.0 ms with early guesses, "
         "40.0 ms with early and late guesses"
     )
+
+
+def test_what_is_only_tried_is_called_that() -> None:
+    benefit = Benefit(2)
+    run(benefit, {0: 1.0, 1: 1.2}, 3 * TRIAL_STEPS + FIRST_LONG_STEPS)
+    assert benefit.level == 1  # though it is the slower one: tried again
+    times = "a token takes 1000.0 ms without, 1200.0 ms with early guesses"
+    assert benefit.describe() == f"on, being tried; {times}"
+    run(benefit, {1: 1.2}, TRIAL_STEPS)
+    assert benefit.describe() == f"off; {times}"
+
+
+def test_what_gains_too_little_is_called_that() -> None:
+    benefit = Benefit(2)
+    run(benefit, {0: 1.0, 1: 0.998}, 3 * TRIAL_STEPS)
+    assert benefit.level == 0
+    assert benefit.describe() == (
+        "off; a token takes 998.0 ms with early guesses, 1000.0 ms without: too close to be worth "
+        "the bytes"
+    )
