@@ -21,6 +21,11 @@ import os
 from fate_moe.types import ExpertKey
 
 
+def reason(error: Exception) -> str:
+    """Return what went wrong for people: of the system's errors neither number nor path."""
+    return getattr(error, "strerror", None) or str(error)
+
+
 class FateError(Exception):
     """Base of every error that Fate raises on purpose."""
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import median
 
 from fate_moe.bench.policies import BOUND, Row
-from fate_moe.errors import ConfigError
+from fate_moe.errors import ConfigError, reason
 
 _BOUND_COLOUR = "#222222"
 Cell = tuple[float | None, float]  # link, budget
@@ -91,7 +91,7 @@ def plot(rows: Sequence[Row], path: Path, title: str) -> None:
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be written: {error}") from error
+        raise ConfigError(f"{path}: cannot be written: {reason(error)}") from error
 
 
 def link_text(bytes_s: float | None) -> str:

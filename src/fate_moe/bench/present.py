@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fate_moe.bench.compare import ORIGINAL, setting_of
 from fate_moe.bench.evaluate import Evaluation
-from fate_moe.errors import ConfigError
+from fate_moe.errors import ConfigError, reason
 
 Evaluations = Mapping[str, Evaluation]
 Value = Callable[[Evaluation], float | None]
@@ -94,4 +94,4 @@ def plot(found: Evaluations, path: Path, title: str) -> None:
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be written: {error}") from error
+        raise ConfigError(f"{path}: cannot be written: {reason(error)}") from error

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from fate_moe.errors import ConfigError
+from fate_moe.errors import ConfigError, reason
 
 MAX_TEXT_CHARS = 1 << 24  # about four million tokens
 MAX_LINE_CHARS = 1 << 20
@@ -56,7 +56,7 @@ def read_text(path: Path) -> str:
         with _open(path) as file:
             text = file.read(MAX_TEXT_CHARS + 1)
     except (OSError, EOFError, lzma.LZMAError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
+        raise ConfigError(f"{path}: cannot be read: {reason(error)}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: it is no UTF-8 text: {error.reason}") from error
     if len(text) > MAX_TEXT_CHARS:
@@ -82,7 +82,7 @@ def read_questions(path: Path, limit: int | None = None) -> Questions:
                 break
             found.append(_question(f"{path}: line {number}", line))
     except (OSError, EOFError, lzma.LZMAError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
+        raise ConfigError(f"{path}: cannot be read: {reason(error)}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: it is no UTF-8 text: {error.reason}") from error
     if len(found) > MAX_QUESTIONS:

@@ -11,7 +11,7 @@ from fate_moe.bench.machine import Card
 from fate_moe.bench.rivals.rival import STAGES, Stage
 from fate_moe.bench.rounds import OK, Row
 from fate_moe.config import format_bytes
-from fate_moe.errors import ConfigError
+from fate_moe.errors import ConfigError, reason
 
 OWN = "fate"
 _COLOURS = {OWN: "#2f6db5"}
@@ -177,4 +177,4 @@ def plot(found: Sequence[Standing], path: Path, title: str) -> None:
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be written: {error}") from error
+        raise ConfigError(f"{path}: cannot be written: {reason(error)}") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -39,6 +39,28 @@ def root(
         typer.echo(context.get_help())
 
 
+def _bounds(error: Exception) -> str | None:
+    """Say in our words which number an option takes; None where it is about something else.
+
+    The parser of options asks pydantic, whose words name neither the number nor both bounds.
+    """
+    option: Any = getattr(error, "param", None)
+    causes: Any = getattr(error.__cause__, "errors", None)
+    if option is None or causes is None:
+        return None
+    first, low, high = causes()[0], getattr(option, "min", None), getattr(option, "max", None)
+    kinds = {"int": "a whole number", "float": "a number"}
+    kind = kinds.get(first["type"].split("_")[0])  # such as int_parsing
+    if kind is None and not first["type"].endswith("than_equal"):
+        return None
+    span = None
+    if low is not None:
+        span = f"{low:.10g} or more" if high is None else f"{low:.10g} to {high:.10g}"
+    need = ", ".join(part for part in (kind, span) if part)
+    name = max(option.opts, key=len).lstrip("-")
+    return f"{name}: have {first['input']!s:.40}, need {need}"
+
+
 def main() -> None:
     """Run the command line."""
     # Before torch is loaded: threads that spin at barriers make small operations several times
@@ -62,7 +84,7 @@ def main() -> None:
         code = app(standalone_mode=False)
     except Exception as error:
         # What the option parser has to say, in one line instead of a box.
-        message = getattr(error, "format_message", lambda: "")()
+        message = _bounds(error) or getattr(error, "format_message", lambda: "")()
         if not message:
             raise
         print(f"fate: {' '.join(message.split()).rstrip('.')}; try fate --help", file=sys.stderr)  # noqa: T201

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from fate_moe.engine.generate import Answer, Conversation, Message, Sampling
     from fate_moe.engine.handle import Engine
 
+_HINT = "try fate generate -p 'Why is the sky blue?'"
+
 Prompt = Annotated[
     str | None,
     typer.Option(
@@ -185,11 +187,13 @@ def as_json(answer: Answer, engine: Engine) -> dict[str, object]:
 
 def _read_prompt(prompt: str | None) -> str:
     if prompt is None and sys.stdin.isatty():
-        raise ConfigError("prompt: none given; try fate generate -p 'Why is the sky blue?'")
+        raise ConfigError(f"prompt: none given; {_HINT}")
+    from_stdin = prompt in (None, "-")
     try:
-        text = sys.stdin.read() if prompt in (None, "-") else str(prompt)
+        text = sys.stdin.read() if from_stdin else str(prompt)
     except UnicodeDecodeError as error:
         raise FateError(f"prompt: stdin is no UTF-8 text: {error.reason}") from error
     if not text.strip():
-        raise ConfigError("prompt: it is empty")
+        empty = f"none given and stdin is empty; {_HINT}" if from_stdin else "it is empty"
+        raise ConfigError(f"prompt: {empty}")
     return readable(text, "prompt")

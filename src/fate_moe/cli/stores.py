@@ -181,12 +181,14 @@ def verify(
 
 
 def _existing_store(store: str, cache_dir: Path | None) -> Path:
-    from fate_moe.engine.prepare import known_store
+    from fate_moe.engine.prepare import is_file, known_store, no_model
+    from fate_moe.models.gguf import SUFFIX
 
     folder = known_store(store, cache_dir or default_cache_dir())
     if folder is None:
-        if store.startswith((".", "/", "~")) and not Path(store).expanduser().exists():
-            raise ConfigError(f"{store}: no such folder")
+        is_absent = store.startswith((".", "/", "~")) and not Path(store).expanduser().exists()
+        if is_absent or (is_file(store) and not store.lower().endswith(SUFFIX)):
+            raise no_model(store)
         raise ConfigError(f"{store}: no store yet; run fate convert {store}")
     return folder
 

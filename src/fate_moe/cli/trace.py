@@ -14,7 +14,7 @@ from fate_moe.cli.app import app
 from fate_moe.cli.generate import messages, open_engine
 from fate_moe.cli.terminal import TerminalProgress, emit_json, guarded, readable, show_report
 from fate_moe.config import DEFAULT_POLICY
-from fate_moe.errors import ConfigError
+from fate_moe.errors import ConfigError, reason
 
 if TYPE_CHECKING:
     from fate_moe.engine.handle import Engine
@@ -126,8 +126,10 @@ def read_prompts(path: Path, limit: int | None) -> list[str]:
     """
     try:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"prompts: {path}: cannot be read: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"prompts: {path}: cannot be read: {reason(error)}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"prompts: {path}: it is no UTF-8 text: {error.reason}") from error
     lines = lines[:limit]
     if not 1 <= len(lines) <= _MOST_PROMPTS:
         raise ConfigError(f"prompts: {path}: {len(lines)} lines, need 1 to {_MOST_PROMPTS}")

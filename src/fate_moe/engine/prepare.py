@@ -211,9 +211,26 @@ def find_checkpoint(
         return build_smolmoe(cache_dir, progress)
     if model.lower().endswith(SUFFIX):
         raise ModelError(f"{model}: no such file")
-    if _HUB_ID.fullmatch(model):
+    if _HUB_ID.fullmatch(model) and not is_file(model):
         return download(model, revision, progress)
-    raise ModelError(f"{model}: no such folder; give {SMOLMOE}, a folder, or a hub id (owner/name)")
+    raise no_model(model)
+
+
+def no_model(model: str) -> ModelError:
+    """Return the error that says why a name leads to no model, and which names do."""
+    why = "is a file" if is_file(model) else "no such folder"
+    return ModelError(
+        f"{model}: {why}; give {SMOLMOE}, a folder with a checkpoint or a store, a GGUF file, or a "
+        "hub id (owner/name)"
+    )
+
+
+def is_file(model: str) -> bool:
+    """Return whether a name is that of a file on this machine."""
+    try:
+        return Path(model).expanduser().is_file()
+    except (OSError, RuntimeError, ValueError):  # as in `_local`
+        return False
 
 
 def _short_digest(data: bytes) -> str:

@@ -8,7 +8,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from fate_moe.errors import ConfigError
+from fate_moe.errors import ConfigError, reason
 from fate_moe.sim.sweep import BELADY, Row
 
 _BOUND = "#222222"
@@ -121,7 +121,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be written: {error}") from error
+        raise ConfigError(f"{path}: cannot be written: {reason(error)}") from error
 
 
 def _draw(axis: Any, rows: Sequence[Row], value: Callable[[Row], float]) -> None:

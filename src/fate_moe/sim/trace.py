@@ -87,22 +87,34 @@ def read_trace(path: Path) -> Trace:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            is_json = file.read(1) == b"{"
+            first = file.read(9)
     except OSError as error:
         raise FormatError(f"{path}: cannot be read: {error.strerror or error}") from error
     if size > MOST_BYTES:
         raise FormatError(f"{path}: {size} bytes; a trace has at most {MOST_BYTES}")
-    if is_json:
+    if first.startswith(b"{"):
         return _read_lines(path)
+    if first[8:] != b"{":  # where the header of any safetensors file begins
+        raise no_trace(path, "neither JSON lines nor safetensors")
     from fate_moe.sim.trace_file import read_packed
 
     return read_packed(path)
 
 
+def no_trace(path: Path, why: str) -> FormatError:
+    """Return the error of a file that is something else, with where traces come from."""
+    return FormatError(
+        f"{path}: no trace of what a model's routers chose ({why}); fate trace -p TEXT -o FILE "
+        "makes one"
+    )
+
+
 def _read_lines(path: Path) -> Trace:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        first, *rest = (json.loads(line) for line in lines if line.strip())
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if not _is_metadata(lines[0]):
+            raise no_trace(path, "line 1 is no JSON object with num_layers")
+        first, *rest = map(json.loads, lines)
     except (OSError, ValueError, RecursionError) as error:
         raise FormatError(f"{path}: no JSON lines: {error}") from error
     fields = Fields(first, f"{path}: line 1")
@@ -115,6 +127,13 @@ def _read_lines(path: Path) -> Trace:
         for number, row in enumerate(rest, start=2)
     ]
     return Trace(model, (experts,) * layers, top_k, steps)
+
+
+def _is_metadata(line: str) -> bool:
+    try:
+        return "num_layers" in json.loads(line)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _read_line(row: object, layers: int, experts: int, where: str) -> Step:

@@ -18,10 +18,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fate_moe.errors import FormatError
-from fate_moe.sim.trace import MOST_BYTES, MOST_EXPERTS, MOST_LAYERS, MOST_TOKENS, Step, Trace
+from fate_moe.sim.trace import (
+    MOST_BYTES,
+    MOST_EXPERTS,
+    MOST_LAYERS,
+    MOST_TOKENS,
+    Step,
+    Trace,
+    no_trace,
+)
 from fate_moe.store.arrays import read_arrays, write_arrays
 from fate_moe.store.fields import Fields
-from fate_moe.store.header import load_json
+from fate_moe.store.header import load_json, read_header
 from fate_moe.types import Choice, Prediction
 
 VERSION = 1
@@ -105,6 +113,8 @@ def read_packed(path: Path) -> Trace:
 
 
 def _read_parts(path: Path) -> dict[str, NDArray[Any]]:
+    if "about" not in read_header(path).tensors:
+        raise no_trace(path, "a safetensors file of something else")
     arrays = read_arrays(path, MOST_BYTES)
     for name, array in arrays.items():
         if _DTYPES.get(name) != array.dtype or array.ndim != _DIMS.get(name, 1):

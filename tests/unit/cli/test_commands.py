@@ -293,7 +293,6 @@ class TestBadInput:
 
     def test_empty_prompt(self, store: str) -> None:
         refused(fate("generate", store, "-p", "  "), "prompt: it is empty")
-        refused(fate("generate", store, stdin=""), "prompt: it is empty")
 
     @pytest.mark.parametrize(
         ("option", "value", "message"),
