@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fate_moe.config import parse_size
+from fate_moe.config import PRESETS, make_config, parse_size
 from fate_moe.errors import ConfigError
 
 
@@ -35,6 +36,15 @@ def two_bits(share: str | None) -> dict[str, object]:
     if found is None:
         raise ConfigError(f"int2-share: {share!r:.40}: need a share such as 25%")
     return {"int2": "tail", "int2_share": found}
+
+
+def _policies_own(setting: str) -> str:
+    """Say what a setting is where only --policy is chosen."""
+    policies: dict[str, list[str]] = {}
+    for policy in PRESETS:
+        policies.setdefault(attrgetter(setting)(make_config(policy)), []).append(policy)
+    listed = ", ".join(f"{name} ({', '.join(chosen)})" for name, chosen in policies.items())
+    return f" Default: the policy's: {listed}."
 
 
 MEMORY, STAGES, ANSWER = "Memory", "Stages", "Answer"
@@ -95,7 +105,8 @@ PredictorName = Annotated[
         "--predictor",
         rich_help_panel=STAGES,
         help="ridge (fitted by fate calibrate, else as "
-        "cross_layer), cross_layer (the paper's), path, history, or none.",
+        "cross_layer), cross_layer (the paper's), path, history, or none."
+        + _policies_own("predict.predictor"),
     ),
 ]
 CacheName = Annotated[
@@ -103,13 +114,16 @@ CacheName = Annotated[
     typer.Option(
         "--cache",
         rich_help_panel=STAGES,
-        help="transition, arc (the paper's), lru, lfu, lfru, s3fifo or guarded.",
+        help="transition, arc (the paper's), lru, lfu, lfru, s3fifo or guarded."
+        + _policies_own("cache.cache"),
     ),
 ]
 AllocationName = Annotated[
     str | None,
     typer.Option(
-        "--allocation", rich_help_panel=STAGES, help="shallow (the paper's), even or global."
+        "--allocation",
+        rich_help_panel=STAGES,
+        help="shallow (the paper's), even or global." + _policies_own("cache.allocation"),
     ),
 ]
 Percentile = Annotated[

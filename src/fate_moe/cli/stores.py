@@ -194,6 +194,7 @@ def _existing_store(store: str, cache_dir: Path | None) -> Path:
 
 
 def _summary(manifest: Manifest) -> dict[str, object]:
+    maps = manifest.fitted
     return {
         "format": manifest.format,
         "source": asdict(manifest.source),
@@ -204,6 +205,7 @@ def _summary(manifest: Manifest) -> dict[str, object]:
         "expert_bytes": manifest.layers[0].record_bytes,
         "experts_bytes": manifest.expert_bytes,
         "resident_bytes": manifest.resident.bytes,
+        "maps": maps and {"file": maps.file, "bytes": maps.bytes},
         "layers": [
             {
                 "path": layer.path,
@@ -239,6 +241,12 @@ def _rows(manifest: Manifest) -> list[tuple[str, str]]:
             "size",
             f"{format_bytes(manifest.expert_bytes)} of experts, "
             f"{format_bytes(manifest.resident.bytes)} of everything else{_rest(manifest)}",
+        ),
+        (
+            "maps",
+            f"{format_bytes(manifest.fitted.bytes)}, fitted for --predictor ridge"
+            if manifest.fitted
+            else "none; fate calibrate fits them for --predictor ridge",
         ),
     ]
 

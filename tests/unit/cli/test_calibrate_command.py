@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 from fate_moe.cli import app
 from fate_moe.cli import stores as _stores  # noqa: F401 - registers the command
 from fate_moe.cli.calibrate import spread
+from fate_moe.config import format_bytes
 from fate_moe.engine.calibrate import LayerFit
 from tests import tiny
 from tests.unit.cli.test_commands import refused
@@ -39,6 +40,7 @@ def test_a_calibrated_store_guesses_from_its_maps(
     assert [row["layer"] for row in data["layers"]] == list(range(tiny.LAYERS))
     assert any(row["late"] for row in data["layers"])
     assert fate("verify", store).exit_code == 0
+    _inspect_names_its_maps(store)
 
     def report(path: Path) -> dict[str, object]:
         asked = ("generate", path, "-p", "abc", "-n", "12", "--experts", "60%", "--json")
@@ -50,6 +52,23 @@ def test_a_calibrated_store_guesses_from_its_maps(
     assert after["guesses_used"]
     assert "predictor cross_layer (fate calibrate would fit a better one)" in str(before["mode"])
     assert "predictor ridge, cache transition" in str(after["mode"])
+
+
+def _inspect_names_its_maps(store: Path) -> None:
+    (file,) = store.glob("fitted-*")
+    size = file.stat().st_size
+    assert json.loads(fate("inspect", store, "--json").stdout)["maps"] == {
+        "file": file.name,
+        "bytes": size,
+    }
+    shown = f"maps: {format_bytes(size)}, fitted for --predictor ridge\n"
+    assert shown in fate("inspect", store).stdout
+
+
+def test_inspect_says_where_there_are_no_maps(tiny_store: Path) -> None:
+    assert json.loads(fate("inspect", tiny_store, "--json").stdout)["maps"] is None
+    shown = "maps: none; fate calibrate fits them for --predictor ridge\n"
+    assert shown in fate("inspect", tiny_store).stdout
 
 
 def test_a_table_for_people(tiny_store: Path, tmp_path: Path, text: Path) -> None:

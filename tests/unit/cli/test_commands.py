@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
+from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from fate_moe import __version__
 from fate_moe.cli import app, chat, generate, stores  # noqa: F401
+from fate_moe.config import PRESETS, make_config
 from tests import tiny
 
 CONTRACT = {
@@ -344,6 +346,18 @@ def test_help_has_examples_and_every_command() -> None:
     for command in ("generate", "chat", "convert", "inspect", "verify"):
         assert command in text
         assert "fate " + command in fate(command, "--help").stdout
+
+
+@pytest.mark.parametrize(
+    ("option", "section"),
+    [("predictor", "predict"), ("cache", "cache"), ("allocation", "cache")],
+)
+def test_help_says_what_each_policy_takes_by_default(option: str, section: str) -> None:
+    command = get_command(app).commands["generate"]  # type: ignore[attr-defined]
+    text = next(found.help for found in command.params if found.name == option)
+    for policy in PRESETS:
+        default = getattr(getattr(make_config(policy), section), option)
+        assert re.search(rf"Default: .*\b{default} \([^)]*\b{policy}\b", text), (policy, text)
 
 
 def test_version() -> None:
