@@ -9,25 +9,39 @@ from statistics import median
 from fate_moe.bench.policies import BOUND, Row
 from fate_moe.errors import ConfigError, reason
 
+LEAST = (
+    "MiB a prompt token", "range", "late", "prefill tok/s", "recall", "stall", "MiB a token",
+    "of the bound", "hit",
+)  # fmt: skip
+"""Columns that a narrow screen can do without, the first of these first."""
+
+_HEAD = (
+    "link", "experts", "policy", "decode tok/s", "range", "prefill tok/s", "hit", "late", "recall",
+    "MiB a token", "MiB a prompt token", "stall", "against demand", "of the bound",
+)  # fmt: skip
 _BOUND_COLOUR = "#222222"
 Cell = tuple[float | None, float]  # link, budget
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """Write medians over the rounds, a policy a line, by link and budget."""
-    lines = [
-        "| link | experts | policy | decode tok/s | range | prefill tok/s | hit | late | recall "
-        "| MiB a token | MiB a prompt token | stall | against demand | of the bound |",
-        "|---" * 14 + "|",
-    ]
+    """Write the table as Markdown."""
+    head, cells = table(rows)
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    lines += [f"| {' | '.join(line)} |" for line in cells]
+    return "\n".join(lines) + "\n"
+
+
+def table(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return a head and the medians over the rounds, a policy a line, by link and budget."""
+    lines = []
     for link, budget in _cells(rows):
         own = {name: [r for r in rows if _is(r, name, link, budget)] for name in _policies(rows)}
         demand = _median(own.get("demand", ()), lambda row: row.decode_tok_s)
         bound = _median(own.get(BOUND, ()), lambda row: row.decode_tok_s)
         for name, ones in own.items():
             if ones:
-                lines.append(f"| {' | '.join(_line(name, ones, demand, bound))} |")
-    return "\n".join(lines) + "\n"
+                lines.append(_line(name, ones, demand, bound))
+    return _HEAD, lines
 
 
 def _line(

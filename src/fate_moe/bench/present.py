@@ -16,16 +16,21 @@ PERPLEXITY, CHANGE, KL = "perplexity", "perplexity change %", "KL (nats)"
 
 
 def markdown(found: Evaluations) -> str:
-    """Write evaluations as a Markdown table, one setting a row."""
+    """Write the table as Markdown."""
+    head, cells = table(found)
+    lines = [[title.replace("|", "\\|") for title in head], *cells]
+    head_line, *rest = [f"| {' | '.join(line)} |\n" for line in lines]
+    return "".join([head_line, "|---" * len(head) + "|\n", *rest])
+
+
+def table(found: Evaluations) -> tuple[list[str], list[list[str]]]:
+    """Return a head and the measures of evaluations, one setting a line."""
     columns = _columns(found)
-    titles = [title.replace("|", "\\|") for title, _ in columns]
-    lines = ["| setting | " + " | ".join(titles) + " | what it is |"]
-    lines.append("|---" * (len(columns) + 2) + "|")
-    for name, one in found.items():
-        cells = [_text(value(one), title) for title, value in columns]
-        says = setting_of(name).says
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {says} |")
-    return "\n".join(lines) + "\n"
+    lines = [
+        [name, *(_text(value(one), title) for title, value in columns), setting_of(name).says]
+        for name, one in found.items()
+    ]
+    return ["setting", *(title for title, _ in columns), "what it is"], lines
 
 
 def _columns(found: Evaluations) -> list[tuple[str, Value]]:

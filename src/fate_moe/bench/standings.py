@@ -14,6 +14,12 @@ from fate_moe.config import format_bytes
 from fate_moe.errors import ConfigError, reason
 
 OWN = "fate"
+LEAST = ("range", "runs", "of the ceiling")
+"""Columns that a narrow screen can do without, the first of these first."""
+
+_HEAD = (
+    "memory", "stage", "program", "setting", "tok/s", "range", "runs", "of the ceiling", "Fate is",
+)  # fmt: skip
 _COLOURS = {OWN: "#2f6db5"}
 _OTHERS = ("#9aa5b1", "#c3a76b", "#8fb39a")
 
@@ -82,15 +88,21 @@ def best(found: Sequence[Standing]) -> list[Standing]:
 
 def markdown(found: Sequence[Standing], card: Card, title: str) -> str:
     """Write the card and the table."""
-    own = {(one.limit_bytes, one.stage): one.tok_s for one in found if one.rival == OWN}
-    lines = [f"# {title}", "", *card_lines(card), ""]
-    lines += [
-        "| memory | stage | program | setting | tok/s | range | runs | of the ceiling | Fate is |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for one in found:
-        lines.append(f"| {' | '.join(_cells(one, own.get((one.limit_bytes, one.stage))))} |")
+    head, cells = table(found)
+    lines = [f"# {title}", "", *card_lines(card), "", f"| {' | '.join(head)} |"]
+    lines.append("|---" * len(head) + "|")
+    lines += [f"| {' | '.join(map(_escaped, line))} |" for line in cells]
     return "\n".join(lines) + "\n"
+
+
+def _escaped(cell: str) -> str:
+    return cell.replace("|", "\\|")
+
+
+def table(found: Sequence[Standing]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return a head and a line for each standing."""
+    own = {(one.limit_bytes, one.stage): one.tok_s for one in found if one.rival == OWN}
+    return _HEAD, [_cells(one, own.get((one.limit_bytes, one.stage))) for one in found]
 
 
 def card_lines(card: Card) -> list[str]:
@@ -132,9 +144,8 @@ def _cells(one: Standing, own: float | None) -> tuple[str, ...]:
     if one.rival != OWN and own and one.tok_s:
         ahead = f"{own / one.tok_s:.2f}x"
     share = "-" if one.share is None else f"{100 * one.share:.0f} %"
-    setting = one.setting.replace("|", "\\|")
     memory = limit_text(one.limit_bytes)
-    return (memory, one.stage, one.rival, setting, rate, spread, str(one.runs), share, ahead)
+    return (memory, one.stage, one.rival, one.setting, rate, spread, str(one.runs), share, ahead)
 
 
 def limit_text(limit_bytes: int | None) -> str:

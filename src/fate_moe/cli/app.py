@@ -79,6 +79,7 @@ def main() -> None:
         stores,
         trace,
     )
+    from fate_moe.cli.terminal import tell
 
     try:
         code = app(standalone_mode=False)
@@ -87,6 +88,6 @@ def main() -> None:
         message = _bounds(error) or getattr(error, "format_message", lambda: "")()
         if not message:
             raise
-        print(f"fate: {' '.join(message.split()).rstrip('.')}; try fate --help", file=sys.stderr)  # noqa: T201
+        tell(f"{' '.join(message.split()).rstrip('.')}; try fate --help", "fate: ")
         code = 2
     sys.exit(code if isinstance(code, int) else 0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated
@@ -17,8 +16,10 @@ from fate_moe.cli.terminal import (
     default_cache_dir,
     emit_json,
     guarded,
-    say,
     show_report,
+    show_table,
+    stdout,
+    tell,
 )
 from fate_moe.config import parse_size
 from fate_moe.errors import ConfigError
@@ -200,7 +201,7 @@ def rivals(
         rate = None if disk is None else _disk_rate(root, _limit(disk, "disk"))
         bench = _prepare(shape, root, named, resident_bits, threads, rate, progress)
         if kib and bench.disk is None:
-            _tell("readahead stays as it is: it cannot be set here (needs root)")
+            tell("readahead stays as it is: it cannot be set here (needs root)")
         form = replace(form, readahead_kib=kib if bench.disk else ())
         with open_out(out) as lines, ending_tidily():
             (out / "card.json").write_text(json.dumps(asdict(bench.card), indent=1) + "\n")
@@ -317,8 +318,11 @@ def open_out(out: Path) -> IO[str]:
         raise ConfigError(f"out: {out}: cannot be written: {error.strerror or error}") from error
 
 
-def _tell(line: str) -> None:
-    sys.stderr.write(f"{line}\n")
+def left_out_rows(names: list[str]) -> list[tuple[str, str]]:
+    """Say in a report which columns the terminal had no room for."""
+    if not names:
+        return []
+    return [("left out", f"{', '.join(names)}: the terminal is too narrow; table.md has them")]
 
 
 def _tell_row(row: Row) -> None:
@@ -328,7 +332,7 @@ def _tell_row(row: Row) -> None:
     share = "" if row.share is None else f", {100 * row.share:.0f} % of the ceiling"
     why = f" ({row.why})" if row.why else ""
     ahead = "" if row.readahead_kib is None else f", readahead {row.readahead_kib} KiB"
-    _tell(
+    tell(
         f"round {row.round}, {limit_text(row.limit_bytes)}, {row.stage}: {row.rival} "
         f"({row.setting}{ahead}): {what}{share}{why}, {row.wall_s:.0f} s"
     )
@@ -348,6 +352,10 @@ def _show(rows: list[Row], bench: Bench, out: Path, title: str, json_out: bool) 
         emit_json({"card": asdict(bench.card), "standings": [asdict(one) for one in found],
                    "out": str(out)})  # fmt: skip
         return
-    say(table)
+    if stdout.is_terminal:
+        for line in standings.card_lines(bench.card):
+            tell(line.removeprefix("- "), "- ", console=stdout)
+    left_out = show_table(*standings.table(found), least=standings.LEAST, plain=table)
     names = ("rows.jsonl", "card.json", "table.md", "plot.png")
-    show_report([("written", " ".join(os.fspath(out / name) for name in names))])
+    written = [("written", " ".join(os.fspath(out / name) for name in names))]
+    show_report([*left_out_rows(left_out), *written])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from fate_moe.cli import options
 from fate_moe.cli.app import app
 from fate_moe.cli.generate import open_engine, speed_rows
-from fate_moe.cli.terminal import PromptBar, guarded, readable, say, show_report, stderr
+from fate_moe.cli.terminal import PromptBar, guarded, readable, say, show_report, stderr, tell
 from fate_moe.config import DEFAULT_POLICY
 from fate_moe.errors import ConfigError, FateError
 
@@ -88,7 +88,7 @@ class Dialogue:
 
     def run(self) -> None:
         """Read lines until the end of input or /quit."""
-        stderr.print(f"[dim]{HELP}[/dim]", soft_wrap=True)
+        tell(HELP, style="dim")
         while (line := self._read_line()) is not None:
             if line in ("/quit", "/exit"):
                 return
@@ -105,7 +105,7 @@ class Dialogue:
         except EOFError:
             return None
         except (ConfigError, UnicodeDecodeError):
-            stderr.print("fate: that line is no UTF-8 text", markup=False)
+            tell("that line is no UTF-8 text", "fate: ")
             return ""
 
     def _command(self, line: str) -> None:
@@ -118,9 +118,9 @@ class Dialogue:
             self._conversation.engine.reset()
             stderr.print("[dim]forgotten[/dim]")
         elif line == "/help":
-            stderr.print(HELP, soft_wrap=True)
+            tell(HELP)
         else:
-            stderr.print(f"unknown command {line}; {HELP}", markup=False, soft_wrap=True)
+            tell(f"unknown command {line}; {HELP}")
 
     def _turn(self, text: str) -> None:
         asked = [*self._messages, {"role": "user", "content": text}]
@@ -138,7 +138,7 @@ class Dialogue:
         except KeyboardInterrupt:
             stderr.print("\n[dim]stopped[/dim]")
         except FateError as error:
-            stderr.print(f"fate: {error}; /reset starts anew", markup=False, soft_wrap=True)
+            tell(f"{error}; /reset starts anew", "fate: ")
             return
         say("\n")
         self._messages = [*asked, {"role": "assistant", "content": "".join(heard)}]

@@ -16,8 +16,10 @@ from fate_moe.cli.terminal import (
     default_cache_dir,
     emit_json,
     guarded,
-    say,
     show_report,
+    show_rows,
+    show_table,
+    stdout,
 )
 from fate_moe.config import DEFAULT_POLICY
 from fate_moe.errors import ConfigError
@@ -236,8 +238,7 @@ def _show(found: Evaluation, json_out: bool) -> None:
     if json_out:
         emit_json({**measures, **asdict(found.report)})
         return
-    for name, value in _rows(found):
-        say(f"{name}: {value}\n")
+    show_rows(_rows(found), stdout)
     show_report(found.report.rows())
 
 
@@ -284,5 +285,5 @@ def _show_comparison(found: dict[str, Evaluation], out: Path, title: str, json_o
         emit_json({"settings": {name: {**_measures(one), **asdict(one.report)}
                                 for name, one in found.items()}, "out": str(out)})  # fmt: skip
         return
-    say(table)
+    show_table(*present.table(found), plain=table)
     show_report([("written", f"{out / 'eval.md'} and {out / 'eval.png'}")])

@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 from fate_moe.cli import options
 from fate_moe.cli.app import app
-from fate_moe.cli.terminal import emit_json, guarded, say, show_table, stdout
+from fate_moe.cli.terminal import emit_json, guarded, show_table, stdout, tell
 
 WIDE = 110  # columns
 
@@ -47,4 +47,4 @@ def models(json_out: options.JsonOut = False) -> None:
     show_table(("model type", *versions, "guessed by", "note"), rows)
     newest = table.versions[-1]
     exact = sum(family.status.get(newest) == "exact" for family in table.families)
-    say(f"{exact} model types are exact with transformers {newest}\n")
+    tell(f"{exact} model types are exact with transformers {newest}", console=stdout)

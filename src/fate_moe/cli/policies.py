@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,14 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fate_moe.cli import options
-from fate_moe.cli.bench import WHAT, JsonOut, bench_app, open_out
+from fate_moe.cli.bench import WHAT, JsonOut, bench_app, left_out_rows, open_out
 from fate_moe.cli.terminal import (
     TerminalProgress,
     default_cache_dir,
     emit_json,
     guarded,
-    say,
     show_report,
+    show_table,
+    tell,
 )
 from fate_moe.cli.trace import PromptFile, read_prompts
 from fate_moe.config import parse_size
@@ -188,9 +188,9 @@ def _tell(row: Row) -> None:
     from fate_moe.bench.policies_present import link_text
 
     when = "computed" if row.round == 0 else f"round {row.round}"
-    sys.stderr.write(
+    tell(
         f"{when}, link {link_text(row.link_bytes_s)}, {100 * row.budget:g} % of the experts: "
-        f"{row.policy} {row.decode_tok_s:.2f} tok/s\n"
+        f"{row.policy} {row.decode_tok_s:.2f} tok/s"
     )
 
 
@@ -206,6 +206,7 @@ def _show(rows: list[Row], out: Path, title: str, json_out: bool) -> None:
     if json_out:
         emit_json({"out": str(out), "rows": [asdict(row) for row in rows]})
         return
-    say(table)
+    left_out = show_table(*present.table(rows), least=present.LEAST, plain=table)
     names = ("rows.jsonl", "table.md", "plot.png")
-    show_report([("written", " ".join(str(out / name) for name in names))])
+    written = [("written", " ".join(str(out / name) for name in names))]
+    show_report([*left_out_rows(left_out), *written])

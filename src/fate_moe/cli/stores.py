@@ -16,9 +16,9 @@ from fate_moe.cli.terminal import (
     emit_json,
     fail,
     guarded,
-    say,
     show_rows,
     stdout,
+    tell,
 )
 from fate_moe.config import format_bytes
 from fate_moe.errors import ConfigError
@@ -169,7 +169,7 @@ def verify(
         )
     else:
         for finding in report.findings:
-            say(f"{finding}\n")
+            tell(str(finding), console=stdout)
     if not report.is_intact:
         fail(
             f"{folder}: {len(report.findings)} of {report.records + len(report.findings)} parts "
@@ -177,7 +177,8 @@ def verify(
             2,
         )
     if not json_out:
-        say(f"{folder}: {report.records} records intact, {format_bytes(report.bytes_read)} read\n")
+        read = format_bytes(report.bytes_read)
+        tell(f"{folder}: {report.records} records intact, {read} read", console=stdout)
 
 
 def _existing_store(store: str, cache_dir: Path | None) -> Path:

@@ -14,10 +14,12 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from textwrap import wrap
 from types import TracebackType
 from typing import ParamSpec, TypeVar
 
 import typer
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -34,6 +36,9 @@ from fate_moe.errors import CacheError, ConfigError, FateError
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+_GAP = 2  # columns of a terminal between those of a table
+_LAST_WIDTH = 24  # enough for the last column of a table, which may be broken
 
 stdout = Console(highlight=False)
 stderr = Console(stderr=True, highlight=False)
@@ -72,10 +77,26 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
 
 
 def fail(message: str, code: int) -> None:
-    """Print one line on stderr and end the command with `code`."""
-    line = " ".join(message.split())
-    print(f"fate: {line}", file=sys.stderr)  # noqa: T201 - plain: rich would wrap it
+    """Tell what is wrong and end the command with `code`."""
+    tell(" ".join(message.split()), "fate: ")
     raise typer.Exit(code)
+
+
+def tell(text: str, start: str = "", *, console: Console | None = None, style: str = "") -> None:
+    """Write a message to stderr, or another console.
+
+    A terminal breaks it between words and goes on below its beginning, which is after `start`;
+    elsewhere it is one line.
+    """
+    console = console or stderr
+    if not console.is_terminal:
+        print(start + text, file=console.file)
+        return
+    grid = Table.grid()
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    grid.add_row(Text(start), Text(text, style))  # a Text is taken literally
+    console.print(grid)
 
 
 def default_cache_dir() -> Path:
@@ -129,21 +150,53 @@ def show_rows(rows: list[tuple[str, str]], console: Console) -> None:
     console.print(table)
 
 
-def show_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Write rows under a head to stdout: drawn on a terminal, tab-separated elsewhere.
+def show_table(
+    head: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    least: Sequence[str] = (),
+    plain: str | None = None,
+) -> list[str]:
+    """Write rows under a head to stdout: drawn on a terminal, as plain text elsewhere.
 
     The last column takes what width is left; the others are never broken.
+
+    Args:
+        least: columns that a terminal too narrow for all leaves out, the first of these first.
+        plain: what is written where there is no terminal; None: the rows, tab-separated.
+    Returns:
+        The columns that were left out.
     """
     if not stdout.is_terminal:
-        for row in (head, *rows):
-            say("\t".join(row) + "\n")
-        return
-    table = Table(box=None, header_style="bold cyan", padding=(0, 2, 0, 0))
-    for place, name in enumerate(head, 1):
-        table.add_column(name, overflow="fold", no_wrap=place < len(head))
+        lines = "".join("\t".join(row) + "\n" for row in (head, *rows))
+        say(lines if plain is None else plain)
+        return []
+    widths = {
+        name: max(cell_len(text) for text in (*name.split(), *(row[place] for row in rows)))
+        for place, name in enumerate(head)
+    }
+    left_out = _left_out(widths, least)
+    kept = [place for place, name in enumerate(head) if name not in left_out]
+    table = Table(box=None, header_style="bold cyan", padding=(0, _GAP, 0, 0), pad_edge=False)
+    for place in kept:
+        name = "\n".join(wrap(head[place], widths[head[place]], break_long_words=False))
+        table.add_column(name, overflow="fold", no_wrap=place != kept[-1])
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(row[place]) for place in kept))
     stdout.print(table)
+    return left_out
+
+
+def _left_out(widths: dict[str, int], least: Sequence[str]) -> list[str]:
+    """Return which of the columns `least` have to go for the others to fit."""
+    left_out: list[str] = []
+    for name in (*least, ""):
+        kept = [width for one, width in widths.items() if one not in left_out]
+        kept[-1] = min(kept[-1], _LAST_WIDTH)
+        if sum(kept) + _GAP * (len(kept) - 1) <= stdout.width:
+            break
+        left_out += [name] if name else []
+    return left_out
 
 
 class PromptBar:
