@@ -85,6 +85,7 @@ class Dialogue:
         self._start = start
         self._messages = list(start)
         self._last: Answer | None = None
+        self._since = "the start"  # what is counted
 
     def run(self) -> None:
         """Read lines until the end of input or /quit."""
@@ -110,10 +111,11 @@ class Dialogue:
 
     def _command(self, line: str) -> None:
         if line == "/stats":
-            speed = [] if self._last is None else speed_rows(self._last)
-            show_report(speed + self._conversation.engine.report().rows())
+            last = [] if self._last is None else [("last answer", None), *speed_rows(self._last)]
+            every = (f"all answers since {self._since}", None)
+            show_report([*last, every, *self._conversation.engine.report().rows()])
         elif line == "/reset":
-            self._messages = list(self._start)
+            self._messages, self._last, self._since = list(self._start), None, "/reset"
             self._conversation.forget()
             self._conversation.engine.reset()
             stderr.print("[dim]forgotten[/dim]")
@@ -136,6 +138,7 @@ class Dialogue:
                     asked, self._sampling, bar.before(on_text), bar.tell
                 )
         except KeyboardInterrupt:
+            self._last = None  # nobody timed it
             stderr.print("\n[dim]stopped[/dim]")
         except FateError as error:
             tell(f"{error}; /reset starts anew", "fate: ")

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from fate_moe.engine.generate import Answer, Conversation, Message, Sampling
     from fate_moe.engine.handle import Engine
 
+_FAR = 10  # times what was reached: a link that allows more is no limit, and not worth a word
 _HINT = "try fate generate -p 'Why is the sky blue?'"
 
 Prompt = Annotated[
@@ -164,19 +165,19 @@ def messages(system: str | None, text: str) -> list[Message]:
 
 def speed_rows(answer: Answer) -> list[tuple[str, str]]:
     """Return an answer's speed as report rows."""
-    decode = "-" if answer.decode_tok_s is None else f"{answer.decode_tok_s:.1f} tok/s"
-    ceiling = (
-        "no bytes moved"
-        if answer.ceiling_tok_s is None
-        else f"link allows {answer.ceiling_tok_s:.1f} tok/s"
-    )
+    decode = f"{answer.new_tokens} tokens"
+    reached, allowed = answer.decode_tok_s, answer.ceiling_tok_s
+    if reached is not None:
+        decode += f", {reached:.1f} tok/s"
+        if allowed is not None and allowed <= _FAR * reached:
+            decode += f" (link allows {allowed:.1f} tok/s)"
     return [
         (
             "prefill",
             f"{answer.prompt_tokens} tokens, first token after {answer.ttft_s:.2f} s "
             f"({answer.prefill_tok_s:.1f} tok/s)",
         ),
-        ("decode", f"{answer.new_tokens} tokens, {decode} ({ceiling})"),
+        ("decode", decode),
     ]
 
 

@@ -34,6 +34,9 @@ from rich.text import Text
 from fate_moe.config import format_bytes
 from fate_moe.errors import CacheError, ConfigError, FateError
 
+Rows = Sequence[tuple[str, str | None]]
+"""Names and texts; a name without a text heads those that follow."""
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -131,22 +134,24 @@ def emit_json(data: object) -> None:
     say(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
-def show_report(rows: list[tuple[str, str]]) -> None:
-    """Write (name, text) rows to stderr."""
+def show_report(rows: Rows) -> None:
+    """Write rows to stderr."""
     show_rows(rows, stderr)
 
 
-def show_rows(rows: list[tuple[str, str]], console: Console) -> None:
-    """Write (name, text) rows: a table on a terminal, one plain line each elsewhere."""
+def show_rows(rows: Rows, console: Console) -> None:
+    """Write rows: a table on a terminal, one plain line each elsewhere."""
     if not console.is_terminal:
         for name, text in rows:
-            print(f"{name}: {text}", file=console.file)
+            print(f"{name}:" if text is None else f"{name}: {text}", file=console.file)
         return
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold cyan", justify="right", no_wrap=True)
     table.add_column(overflow="fold")
     for name, text in rows:
-        table.add_row(Text(name), Text(text))  # a Text is taken literally: paths may have brackets
+        # A Text is taken literally: paths may have brackets.
+        cells = ("", Text(name, "bold")) if text is None else (Text(name), Text(text))
+        table.add_row(*cells)
     console.print(table)
 
 

@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 from fate_moe import __version__
 from fate_moe.cli import app, chat, generate, stores  # noqa: F401
 from fate_moe.config import PRESETS, make_config
+from fate_moe.engine.generate import Answer, Sampling
 from tests import tiny
 
 CONTRACT = {
@@ -119,6 +120,39 @@ def test_chat_remembers_and_reports(store: str) -> None:
     alone = fate("generate", store, "--experts", "25%", "-n", "8", "-p", "first").stdout
     assert answers.startswith(alone)
     assert answers.endswith(alone)  # after /reset the same question gets the same answer
+
+
+def test_stats_tell_the_last_answer_from_all_of_them(store: str) -> None:
+    lines = "first\n/stats\nsecond\n/stats\n/reset\n/stats\n/quit\n"
+    result = fate("chat", store, "-n", "8", stdin=lines)
+    assert result.exit_code == 0
+    before, after = result.stderr.split("forgotten\n")
+    _, *shown = before.split("last answer:\n")
+    assert len(shown) == 2
+    for one in shown:
+        last, every = one.split("all answers since the start:\n")
+        assert [line.split(":")[0] for line in last.splitlines()] == ["prefill", "decode"]
+        assert every.startswith("mode: ")
+        assert "requests: 0 = " not in every
+    assert after.startswith("all answers since /reset:\nmode: ")  # none was given
+    assert "requests: 0 = " in after
+
+
+@pytest.mark.parametrize(
+    ("reached", "allowed", "shown"),
+    [
+        (10.0, 30.0, "8 tokens, 10.0 tok/s (link allows 30.0 tok/s)"),
+        (10.0, 100.0, "8 tokens, 10.0 tok/s (link allows 100.0 tok/s)"),
+        (10.0, 101.0, "8 tokens, 10.0 tok/s"),  # no limit worth a word
+        (10.0, None, "8 tokens, 10.0 tok/s"),  # nothing was moved
+        (None, None, "8 tokens"),
+    ],
+)
+def test_the_links_rate_is_named_where_it_limits(
+    reached: float | None, allowed: float | None, shown: str
+) -> None:
+    answer = Answer("", (), 3, 8, 0.1, 30.0, reached, allowed)
+    assert dict(generate.speed_rows(answer))["decode"] == shown
 
 
 def test_a_conversation_longer_than_the_context_can_be_reset(store: str) -> None:
@@ -389,3 +423,15 @@ def test_a_group_without_a_command_shows_its_help() -> None:
 @pytest.mark.parametrize("command", ["inspect", "verify"])
 def test_a_folder_that_is_not_there_is_not_to_be_converted(command: str, tmp_path: Path) -> None:
     refused(CliRunner().invoke(app, [command, str(tmp_path / "none")]), "none: no such folder")
+
+
+def test_an_answer_that_was_stopped_has_no_speed(capsys: pytest.CaptureFixture[str]) -> None:
+    class Stopped:
+        def ask(self, *asked: object) -> Answer:
+            raise KeyboardInterrupt
+
+    dialogue = chat.Dialogue(Stopped(), Sampling(), [])  # type: ignore[arg-type]
+    dialogue._last = Answer("", (), 3, 8, 0.1, 30.0, 10.0, None)
+    dialogue._turn("hello")
+    assert dialogue._last is None
+    assert "stopped" in capsys.readouterr().err

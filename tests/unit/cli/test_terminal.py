@@ -67,6 +67,8 @@ def test_chat_breaks_its_own_words_and_never_the_models(
     text = " ".join(" ".join(lines).split())
     assert text.count(chat.HELP) == 3  # at first, for /help, and for what is no command
     assert "the context takes 200" in text
+    headings = [line.strip() for line in lines if re.fullmatch(" +(last|all) answer.*", line)]
+    assert headings == ["last answer", "all answers since the start"]
     mode = next(place for place, line in enumerate(lines) if line.lstrip().startswith("mode  "))
     indent = lines[mode].index("policy")
     assert lines[mode + 1].startswith(" " * indent)
@@ -106,6 +108,30 @@ def rows() -> list[Row]:
                    "", None if policy == BOUND else 1e6)  # fmt: skip
 
     return [row(BOUND, 0)] + [row(p, n) for n in (1, 2, 3) for p in ("demand", "fate", "tuned")]
+
+
+def test_the_readme_shows_a_report_as_a_terminal_does(
+    tiny_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readme = Path(__file__).parents[3] / "README.md"
+    sample = next(
+        block.strip("\n").splitlines()[1:]  # after the answer
+        for block in readme.read_text(encoding="utf-8").split("```")
+        if "hit rate" in block
+    )
+    begin = sample[0].index("prefill") + len("prefill") + 2
+    rows: list[tuple[str, str]] = []
+    for line in sample:
+        name, text = line[: begin - 2].strip(), line[begin:]
+        rows += [(name, text)] if name else [(rows[-1][0], f"{rows.pop()[1]} {text}")]
+    out = screen(monkeypatch, 100)
+    terminal.show_report(rows)
+    assert shown(out) == sample
+    out = screen(monkeypatch, 100)
+    asked = ["generate", str(tiny_store), "-p", "hello", "--experts", "50%", "-n", "8"]
+    assert CliRunner().invoke(app, asked).exit_code == 0
+    names = [line.strip().split("  ")[0] for line in shown(out) if line[:17].strip()]
+    assert names[-len(rows) :] == [name for name, _ in rows]
 
 
 @pytest.mark.parametrize("width", [80, 100, 160])
