@@ -43,18 +43,26 @@ void linear(const fate::MatrixPlace& place, Address record, Address bias, Addres
 // A step keeps the pool to itself only while it computes; its memory is its own.
 class Step {
  public:
+  using Experts = std::vector<std::tuple<std::int64_t, Address, bool>>;
+
   void begin(const fate::ExpertShape& shape, Address x, int tokens, int k, Address ids,
              Address weights) {
     std::lock_guard<std::mutex> hold(shared().busy);
     step_.begin(*shared().pool, shape, at<const float>(x), tokens, k, at<const std::int64_t>(ids),
                 at<const float>(weights));
   }
-  void run(const std::vector<std::tuple<std::int64_t, Address, bool>>& arrived) {
-    std::vector<fate::Arrived> experts;
-    for (const auto& [expert, record, head_only] : arrived)
-      experts.push_back({expert, at<const std::uint8_t>(record), head_only});
+  void run(const Experts& arrived) {
+    const std::vector<fate::Arrived> experts = places(arrived);
     std::lock_guard<std::mutex> hold(shared().busy);
     step_.run(*shared().pool, experts);
+  }
+
+  // All three at once, where all experts have arrived.
+  void whole(const fate::ExpertShape& shape, Address x, int tokens, int k, Address ids,
+             Address weights, const Experts& arrived, Address out) {
+    begin(shape, x, tokens, k, ids, weights);
+    run(arrived);
+    finish(out);
   }
   void finish(Address out) {
     std::lock_guard<std::mutex> hold(shared().busy);
@@ -62,6 +70,13 @@ class Step {
   }
 
  private:
+  static std::vector<fate::Arrived> places(const Experts& arrived) {
+    std::vector<fate::Arrived> experts;
+    for (const auto& [expert, record, head_only] : arrived)
+      experts.push_back({expert, at<const std::uint8_t>(record), head_only});
+    return experts;
+  }
+
   fate::ExpertStep step_;
 };
 
@@ -130,6 +145,8 @@ NB_MODULE(_native, m) {
       .def("begin", &Step::begin, "shape"_a, "x"_a, "tokens"_a, "k"_a, "ids"_a, "weights"_a,
            Unlocked())
       .def("run", &Step::run, "arrived"_a, Unlocked())
+      .def("whole", &Step::whole, "shape"_a, "x"_a, "tokens"_a, "k"_a, "ids"_a, "weights"_a,
+           "arrived"_a, "out"_a, Unlocked())
       .def("finish", &Step::finish, "out"_a, Unlocked());
 
   bind_decode(m);

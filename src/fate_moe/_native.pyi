@@ -54,6 +54,17 @@ class Step:
     ) -> None: ...
     def run(self, arrived: list[tuple[int, int, bool]]) -> None: ...
     def finish(self, out: int) -> None: ...
+    def whole(
+        self,
+        shape: ExpertShape,
+        x: int,
+        tokens: int,
+        k: int,
+        ids: int,
+        weights: int,
+        arrived: list[tuple[int, int, bool]],
+        out: int,
+    ) -> None: ...
 
 class Reads:
     def read(self, wanted: list[tuple[int, int, int, int]]) -> list[tuple[int, int]]: ...

@@ -185,7 +185,13 @@ PRESETS: dict[str, dict[str, object]] = {
     "fate": {"predictor": "cross_layer", "cache": "arc", "allocation": "shallow"},
     "path": {"predictor": "path"},
     "demand": {"predictor": "none"},
-    "resident": {"predictor": "none", "allocation": "even", "experts": Size(share=1.0)},
+    # Nobody is evicted there: the cache that costs least.
+    "resident": {
+        "predictor": "none",
+        "cache": "lru",
+        "allocation": "even",
+        "experts": Size(share=1.0),
+    },
 }
 
 

@@ -99,7 +99,8 @@ class Lease:
     def _wait_for_some(self) -> tuple[list[ExpertKey], Exception | None]:
         began: float | None = None
         while True:
-            self._place_homeless()
+            if self._homeless:
+                self._place_homeless()
             landed = [key for key, entry in self._held.items() if entry.resident]
             if landed:
                 if began is not None:
@@ -123,7 +124,8 @@ class Lease:
             for entry in entries:
                 self._mover.table.unlock(entry)
             self._current = []
-            self._place_homeless()
+            if self._homeless:
+                self._place_homeless()
             if not self._homeless:
                 self._mover.place_guesses()  # the slot that came free may serve one
 

@@ -220,7 +220,7 @@ class Mover:
 
     def start_reads(self) -> None:
         """Begin in the background what is queued, where it comes in that way."""
-        if self.filler.takes(self._turns.phase):
+        if self._queue and self.filler.takes(self._turns.phase):
             self.filler.start(self._queue.take_all())
 
     def wait(self, most_s: float) -> bool:
@@ -249,14 +249,13 @@ class Mover:
         return self._failed.pop(key, None)
 
     def join(self, key: ExpertKey, entry: Entry, low: bool) -> None:
-        """Lock an expert that has a slot; a guess still queued becomes a demand.
-
-        Where its head is not enough, the rest follows.
-        """
+        """Lock what has a slot; a queued guess becomes a demand, a head too little is made whole."""
         self._failed.pop(key, None)  # of a lease that ended before its read did
         if entry.guessed and not entry.used:
             self.telemetry.guesses_used += 1
         entry.locks += 1
+        if entry.resident and entry.part is Part.WHOLE:
+            return
         self._queue.promote(key)
         self.filler.promote(key)
         if entry.part is Part.HEAD and not low:
