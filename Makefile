@@ -1,17 +1,24 @@
-# make demo | test | sanitize | lint | clean. Needs Python 3.11 or newer with venv; everything else comes from PyPI.
+# make demo | test | portable | sanitize | lint | clean. Needs Python 3.11 or newer with venv; everything else comes from PyPI.
 PYTHON ?= python3
 PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
-.PHONY: demo test sanitize lint format clean
+.PHONY: demo test portable sanitize lint format clean
 
 demo: $(VENV)/run.done
 	$(BIN)/fate generate -p "What is the capital of France?" --experts 50% -n 40
 
 test: $(VENV)/dev.done
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup
+
+# What the native core computes, with the instructions that every processor has.
+PORTABLE := tests/gates/test_g1_exact.py tests/gates/test_g9_two_bits.py tests/unit/compute \
+  tests/unit/models/test_quantized.py tests/unit/models/test_narrow.py \
+  tests/unit/models/test_fused.py tests/unit/models/test_fused_block.py
+portable: $(VENV)/dev.done
+	FATE_ISA=portable $(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadgroup $(PORTABLE)
 
 # The native core without Python, under AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize: $(VENV)/dev.done

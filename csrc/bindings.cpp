@@ -86,9 +86,12 @@ void bind_decode(nb::module_& m);  // bindings_decode.cpp
 
 void bind_io(nb::module_& m);  // bindings_io.cpp
 
+void bind_cache(nb::module_& m);  // bindings_cache.cpp
+
 NB_MODULE(_native, m) {
   using Unlocked = nb::call_guard<nb::gil_scoped_release>;
   bind_io(m);
+  bind_cache(m);
   m.def("isas", [] {
     std::vector<std::string> names;
     for (const fate::Kernels* kernels : fate::available()) names.push_back(kernels->name);

@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from fate_moe import native
 from fate_moe.config import DEFAULT_POLICY, make_config
 from fate_moe.engine import Engine, build
 from fate_moe.engine.prepare import convert_model, find_store
@@ -24,6 +25,9 @@ from tests import tiny
 
 settings.register_profile("default", deadline=None, print_blob=True)
 settings.load_profile("default")
+
+if isa := os.environ.get("FATE_ISA"):  # as for the command line
+    native.use_instructions(isa)
 
 # No test may reach a model hub.
 os.environ["HF_HUB_OFFLINE"] = "1"

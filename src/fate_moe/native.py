@@ -2,6 +2,7 @@
 
 The core is the compiled module `_native` (csrc/), built by `pip install`; its contents are in
 `_native.pyi`. Everything works without it, slowly. Knows no torch: addresses and lengths cross.
+It takes the widest instructions that the processor has, unless told otherwise (FATE_ISA).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from fate_moe.errors import NativeUnavailable
+from fate_moe.errors import ConfigError, NativeUnavailable
 
 
 def _find() -> tuple[Any, str]:
@@ -41,3 +42,17 @@ def core() -> Any:
             f"no native core: {why_missing}; install a compiler such as g++, then fate again"
         )
     return _module
+
+
+def use_instructions(name: str) -> None:
+    """Compute with other instructions than the widest that the processor has.
+
+    Raises:
+        ConfigError: it does not have them; NativeUnavailable: there is no native core.
+    """
+    known = core().isas()
+    if name not in known:
+        raise ConfigError(
+            f"FATE_ISA: {name!r:.40} is none that this processor has: {', '.join(known)}"
+        )
+    core().use_isa(name)

@@ -67,6 +67,7 @@ def main() -> None:
     # slower as soon as another process wants a core (docs/experiments.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Commands register themselves; imported here so that `import fate_moe.cli` stays cheap.
+    from fate_moe import native
     from fate_moe.cli import (  # noqa: F401
         bench,
         calibrate,
@@ -80,9 +81,15 @@ def main() -> None:
         trace,
     )
     from fate_moe.cli.terminal import tell
+    from fate_moe.errors import FateError
 
     try:
+        if isa := os.environ.get("FATE_ISA"):
+            native.use_instructions(isa)
         code = app(standalone_mode=False)
+    except FateError as error:
+        tell(str(error), "fate: ")
+        code = 2
     except Exception as error:
         # What the option parser has to say, in one line instead of a box.
         message = _bounds(error) or getattr(error, "format_message", lambda: "")()

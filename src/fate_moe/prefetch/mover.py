@@ -249,7 +249,7 @@ class Mover:
         return self._failed.pop(key, None)
 
     def join(self, key: ExpertKey, entry: Entry, low: bool) -> None:
-        """Lock what has a slot; a queued guess becomes a demand, a head too little is made whole."""
+        """Lock what has a slot: a guess becomes a demand, too little a head gets its rest."""
         self._failed.pop(key, None)  # of a lease that ended before its read did
         if entry.guessed and not entry.used:
             self.telemetry.guesses_used += 1

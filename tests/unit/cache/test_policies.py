@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from fate_moe.cache import make_cache
 from fate_moe.cache.belady import Belady
 from fate_moe.cache.policy import EvictionPolicy, cache_bytes
-from fate_moe.cache.transition import BEFORE_LAST, FOLLOWING, IN_USE, KEPT, UNSURE, Transition
+from fate_moe.cache.transition import (
+    BEFORE_LAST,
+    FOLLOWING,
+    IN_USE,
+    KEPT,
+    UNSURE,
+    NumpyLayer,
+    Transition,
+)
 from fate_moe.types import Choice, ExpertKey, Prediction
 
 sequences = st.lists(st.integers(0, 11), max_size=200)
@@ -270,6 +278,6 @@ def test_transition_in_a_region_of_several_layers() -> None:
 def test_only_what_counts_pairs_takes_memory_that_matters() -> None:
     assert cache_bytes("transition", [128] * 48) >= 48 * 4 * 128 * 128
     assert cache_bytes("arc", [128] * 48) == 0
-    policy = Transition(8)
-    policy.begin(Choice(0, [127]))
-    assert policy._layers[0]._follows.nbytes <= policy.layer_bytes(128)
+    layer = NumpyLayer()
+    layer.step([127])
+    assert layer._follows.nbytes <= Transition.layer_bytes(128)

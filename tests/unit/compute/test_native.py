@@ -36,9 +36,10 @@ FORMS = [
 @pytest.fixture(params=core().isas(), autouse=True)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every test runs on every instruction set this machine has, the portable one among them."""
+    before = core().isa()
     core().use_isa(request.param)
     yield request.param
-    core().use_isa(core().isas()[0])
+    core().use_isa(before)
 
 
 def layout_of(
