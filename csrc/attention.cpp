@@ -164,4 +164,26 @@ void RouterBlock::run(DecodeMemory& memory, const float* x, float* logits, float
     for (int i = 0; i < k; ++i) weights[i] /= total;
 }
 
+std::vector<int> LinearMap::highest(DecodeMemory& memory, const float* x, int count) const {
+  float* const scores = memory.scores.floats(experts);
+  decode_kernels().gemv(weight, x, width, 0, experts, scores);
+  float factor = 1;
+  if (eps >= 0) {
+    float squares = 0;
+    decode_kernels().gemv(x, x, width, 0, 1, &squares);
+    factor = 1 / std::sqrt(squares / static_cast<float>(width) + eps);
+  }
+  std::vector<int> ids(experts);
+  for (int e = 0; e < experts; ++e) {
+    ids[e] = e;
+    scores[e] = scores[e] * factor + bias[e];
+    if (std::isnan(scores[e])) scores[e] = -INFINITY;  // cannot be sorted
+  }
+  std::partial_sort(ids.begin(), ids.begin() + count, ids.end(), [&](int a, int b) {
+    return scores[a] > scores[b] || (scores[a] == scores[b] && a < b);
+  });
+  ids.resize(count);
+  return ids;
+}
+
 }  // namespace fate

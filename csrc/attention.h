@@ -101,4 +101,16 @@ struct RouterBlock {
            std::int64_t* ids) const;
 };
 
+// A linear map in a router's place: W x + bias, x divided by its root mean square first if `eps` is
+// not negative.
+struct LinearMap {
+  const float* weight;  // [experts, width]
+  const float* bias;    // [experts]
+  int experts, width;
+  float eps;
+
+  // The `count` experts with the highest scores, highest first; of equals the lower id.
+  std::vector<int> highest(DecodeMemory& memory, const float* x, int count) const;
+};
+
 }  // namespace fate

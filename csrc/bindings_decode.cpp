@@ -1,5 +1,6 @@
 // What does Python see of the parts of a one-token step? As in bindings.cpp, addresses and lengths.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/vector.h>
 
 #include <mutex>
 #include <stdexcept>
@@ -165,6 +166,22 @@ void add_small(nb::module_& m) {
                       at<std::int64_t>(ids));
            },
            "x"_a, "logits"_a, "weights"_a, "ids"_a);
+
+  nb::class_<fate::LinearMap>(m, "LinearMap")
+      .def("__init__",
+           [](fate::LinearMap* self, Address weight, Address bias, int experts, int width,
+              float eps) {
+             need(experts > 0 && width > 0, "a map needs experts and a width");
+             new (self) fate::LinearMap{at<float>(weight), at<float>(bias), experts, width, eps};
+           },
+           "weight"_a, "bias"_a, "experts"_a, "width"_a, "eps"_a)
+      .def("highest",
+           [](const fate::LinearMap& self, Address x, int count) {
+             need(count > 0 && count <= self.experts, "count: need 1 to all experts");
+             Locked our;
+             return self.highest(our.memory, at<float>(x), count);
+           },
+           "x"_a, "count"_a);
 
   nb::class_<fate::DenseBlock>(m, "DenseBlock")
       .def("__init__",

@@ -67,6 +67,10 @@ class Step:
         out: int,
     ) -> None: ...
 
+class LinearMap:
+    def __init__(self, weight: int, bias: int, experts: int, width: int, eps: float) -> None: ...
+    def highest(self, x: int, count: int) -> list[int]: ...
+
 class TransitionLayer:
     def __init__(
         self, kept: float, following: float, before_last: float, unsure: float, in_use: float

@@ -11,12 +11,13 @@ Ours; the maps are ridge regressions on the router's scores. Measured in `docs/e
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional as F
 
+from fate_moe import native
 from fate_moe.config import PredictConfig
 from fate_moe.predict import percentile_width
 from fate_moe.predict.cross_layer import CrossLayer
@@ -46,6 +47,15 @@ class FittedRouter:
     bias: Tensor
     top_k: int
     is_normed: bool
+    _native: Any = field(default=None, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        parts = self.weight, self.bias
+        if native.is_available() and all(_is_plain(part) for part in parts):
+            addresses = (part.data_ptr() for part in parts)
+            eps = NORM_EPS if self.is_normed else -1.0
+            found = native.core().LinearMap(*addresses, *self.weight.shape, eps)
+            object.__setattr__(self, "_native", found)
 
     @property
     def num_experts(self) -> int:
@@ -59,9 +69,22 @@ class FittedRouter:
             x = F.rms_norm(x, x.shape[-1:], eps=NORM_EPS)
         return torch.addmm(self.bias, x, self.weight.T)
 
+    def highest(self, x: Tensor, count: int) -> list[int]:
+        """Return the experts with the highest scores for one input [1, D], highest first."""
+        if self._native is not None and _is_plain(x) and x.shape[-1] == self.weight.shape[1]:
+            found: list[int] = self._native.highest(x.data_ptr(), count)
+            return found
+        ranked: list[int] = self.scores(x)[0].topk(count).indices.tolist()
+        return ranked
+
     def __call__(self, gate_input: Tensor) -> tuple[Tensor, Tensor]:
         scores = self.scores(gate_input)
         return scores, scores.topk(self.top_k, dim=-1).indices
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Say whether the native core can read a tensor where it lies."""
+    return x.dtype is torch.float32 and x.is_contiguous() and x.is_cpu
 
 
 def guess_width(top_k: int, num_experts: int, percentile: float) -> int:
@@ -95,8 +118,7 @@ class Ridge(CrossLayer):
             return super()._ask(router, layer, x)
         # A map's scores rank alone: one search for the highest does for both widths.
         width = self._width(router.top_k, router.num_experts)
-        ranked = router.scores(x)[0].topk(width).indices.tolist()
-        return Prediction(layer, tuple(ranked), router.top_k)
+        return Prediction(layer, tuple(router.highest(x, width)), router.top_k)
 
     def _width(self, core: int, num_experts: int) -> int:
         return guess_width(core, num_experts, self._percentile)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fate_moe import native
 from fate_moe.config import PredictConfig
 from fate_moe.predict import Known, make_predictor
 from fate_moe.predict.ridge import FittedRouter, Ridge
@@ -54,6 +55,25 @@ def test_a_late_map_guesses_for_the_layer_itself_whatever_the_size_of_its_input(
     want = (fitted(3).weight @ normed + fitted(3).bias).topk(4).indices.tolist()
     assert list(guess.ranked) == want
     assert made.sharpen(1, x) is None
+
+
+@pytest.mark.skipif(not native.is_available(), reason=native.why_missing)
+@pytest.mark.parametrize("is_normed", [False, True])
+def test_natively_and_in_torch_the_same_experts_are_highest(is_normed: bool) -> None:
+    draw = torch.Generator().manual_seed(0)
+    one = FittedRouter(
+        torch.randn(50, 67, generator=draw), torch.randn(50, generator=draw), 4, is_normed
+    )
+    assert one._native is not None
+    for scale in (0.01, 1.0, 100.0):
+        x = scale * torch.randn(1, 67, generator=draw)
+        for count in (1, 9, 50):
+            want = one.scores(x)[0].topk(count).indices.tolist()
+            assert one.highest(x, count) == want
+            assert one.highest(x.double(), count) == want  # in torch
+    assert sorted(one.highest(torch.full((1, 67), float("nan")), 50)) == list(range(50))
+    with pytest.raises(ValueError, match="count"):
+        one.highest(torch.zeros(1, 67), 51)
 
 
 def test_many_tokens_vote() -> None:
