@@ -22,11 +22,12 @@ from typing import Any
 PROMPT = "Write a short story about a lighthouse keeper who finds a letter in a bottle."
 TOKENS = 128
 SHARES = ("25%", "50%", "75%")
+PAPER = "fate, always guessing"
 SETTINGS = {
-    "fate": "--policy fate",
+    "tuned": "",
+    "tuned, always guessing": "--window 99",
+    PAPER: "--policy fate --window 99",
     "demand": "--policy demand",
-    "fate, LRU in place of ARC": "--policy fate --cache lru",
-    "fate, even in place of shallow": "--policy fate --allocation even",
     "demand, LRU, even": "--policy demand --cache lru --allocation even",
 }
 MIB = 2**20
@@ -73,14 +74,14 @@ def budget_table(rounds: int) -> tuple[str, dict[str, Any]]:
                 f"{data['bytes_wasted'] / MIB:.1f} | {data['stall_s']:.2f} | "
                 f"{statistics.median(speeds[name]):.1f} |"
             )
-            if (share, name) == ("50%", "fate"):
+            if (share, name) == ("50%", PAPER):
                 kept = data
             print(lines[-1], flush=True)
     head = (
         f"{datetime.now(UTC):%Y-%m-%d}, {processor()}; "
         f"{kept['new_tokens']} tokens after a prompt of "
         f"{kept['prompt_tokens']}; speed is the median of {rounds} interleaved runs.\n"
-        f"mode of the rows `fate`: {kept['mode']}.\n"
+        f"mode of the rows `{PAPER}`: {kept['mode']}.\n"
     )
     listed = "\n".join(commands)
     return f"{head}\n" + "\n".join(lines) + f"\n\n```\n{listed}\n```\n", kept
@@ -88,7 +89,7 @@ def budget_table(rounds: int) -> tuple[str, dict[str, Any]]:
 
 def layer_table(data: dict[str, Any]) -> str:
     """Return recall per layer at the router's width and at the extended width."""
-    _, wide = run("--policy fate --experts 50% --percentile 50")
+    _, wide = run(f"{SETTINGS[PAPER]} --experts 50% --percentile 50")
     lines = [
         "| MoE layer | capacity | recall % at top-k | at the 75th percentile | at the 50th | "
         "hit rate % |",

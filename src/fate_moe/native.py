@@ -2,7 +2,7 @@
 
 The core is the compiled module `_native` (csrc/), built by `pip install`; its contents are in
 `_native.pyi`. Everything works without it, slowly. Knows no torch: addresses and lengths cross.
-It takes the widest instructions that the processor has, unless told otherwise (FATE_ISA).
+It takes the widest instructions that the processor has, unless told otherwise.
 """
 
 from __future__ import annotations
@@ -52,7 +52,5 @@ def use_instructions(name: str) -> None:
     """
     known = core().isas()
     if name not in known:
-        raise ConfigError(
-            f"FATE_ISA: {name!r:.40} is none that this processor has: {', '.join(known)}"
-        )
+        raise ConfigError(f"{name!r:.40} is none that this processor has: {', '.join(known)}")
     core().use_isa(name)

@@ -83,13 +83,14 @@ def main() -> None:
     from fate_moe.cli.terminal import tell
     from fate_moe.errors import FateError
 
-    try:
-        if isa := os.environ.get("FATE_ISA"):
+    if isa := os.environ.get("FATE_ISA"):
+        try:
             native.use_instructions(isa)
+        except FateError as error:
+            tell(f"FATE_ISA: {error}", "fate: ")
+            sys.exit(2)
+    try:
         code = app(standalone_mode=False)
-    except FateError as error:
-        tell(str(error), "fate: ")
-        code = 2
     except Exception as error:
         # What the option parser has to say, in one line instead of a box.
         message = _bounds(error) or getattr(error, "format_message", lambda: "")()

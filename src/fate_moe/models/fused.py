@@ -2,7 +2,7 @@
 
 A transformers layer is some fifty small operations, each of which costs microseconds beside what it
 computes. Here modules get, one by one, a forward that does the same natively, where a trial beside
-their own shows that it is the same: for one token, and feed-forwards of records for prompts, too.
+their own shows that it is the same: for one token, and feed-forwards of codes for prompts, too.
 Batches, other dtypes, masks that hide something, and modules of another make go the family's own
 way.
 """
@@ -50,16 +50,21 @@ def fuse(model: nn.Module, tokens: int) -> dict[str, int]:
             layer.forward = around.forward
             counts["layer"] += 1
     experts = set(find_experts(model).values())
+    inner = {one for _, fused in whole for one in fused.projections}  # computed by who has them
     for module in model.modules():
+        if module in inner:
+            continue
         block = fuse_block(module) if experts & set(module._modules.values()) else None
         if block is not None:
             module.forward = block.forward
             counts["block"] += 1
+            inner.update(block.projections)
             continue
         part = None if module in experts else fuse_part(module)
         if part is not None:
             module.forward = part[1].forward
             counts[part[0]] += 1
+            inner.update(getattr(part[1], "projections", ()))
     _log.debug("computed in one native call each: %s", dict(counts))
     return dict(counts)
 

@@ -68,6 +68,11 @@ class FusedBlock:
         return are_tokens(x, self.width) if self._shared is None else self._shared.takes(x)
 
     @property
+    def projections(self) -> tuple[Any, ...]:
+        """The linear layers of the shared expert."""
+        return () if self._shared is None else self._shared.projections
+
+    @property
     def tolerance(self) -> float:
         """What it may differ by from the block's own forward."""
         return 1e-5 if self._shared is None else self._shared.tolerance

@@ -32,7 +32,8 @@ class _Recorded(nn.Module):
 
     Attributes:
         layout: where its parts lie.
-        record: uint8 [record_bytes], or None before it is loaded. No parameter: transformers
+        record: uint8 [record_bytes], of values as they are without what pads it, or None before it
+            is loaded. No parameter: transformers
             neither reads, casts nor initialises it.
         dtype: what the model computes in.
     """

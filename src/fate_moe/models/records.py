@@ -1,8 +1,9 @@
 """Which matrices besides the experts' are records, and how do they get into a model?
 
 A store says it itself: `resident.safetensors` holds `P.record` where a plain one has `P.weight`.
-Where the native core computes in float32, a plain one of bfloat16 is taken as it is for a record,
-too: widened for good it would take twice the memory, and twice the time to read it for each token.
+Where the native core computes in float32 beside experts in codes, a plain one of bfloat16 is taken
+as it is for a record, too: widened for good it would take twice the memory, and twice the time to
+read it for each token.
 The family's class is built as ever, on the meta device; then the layers that have a record are put
 in the place of the plain ones, and transformers loads what is left. Records are read past it, each
 byte once, into one allocation: at no time is a matrix in memory as floats, or twice.
@@ -12,6 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
+from inspect import getsource
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +120,7 @@ def record_shapes(header: Header, skeleton: nn.Module) -> list[tuple[int, ...]]:
 
 @dataclass(frozen=True)
 class Records:
-    """The records of a store's matrices besides the experts'.
+    """The records of a store's matrices besides the experts', and what is taken for such.
 
     Attributes:
         file: where they lie.
@@ -203,15 +206,37 @@ class Records:
 def kept_narrow(header: Header, skeleton: nn.Module) -> dict[str, TensorEntry]:
     """Name the plain matrices of a store that may stay in bfloat16: those that are worth codes.
 
+    Not what the file calls otherwise than the model does, what is tied though the file holds both,
+    which transformers decides on, nor what the family's own code looks at.
+
     Returns:
-        Module path -> the tensor in the file; of tied ones the first alone.
+        Module path -> the tensor in the file.
     """
-    found: dict[int, tuple[str, TensorEntry]] = {}
+    found: dict[int, list[tuple[str, TensorEntry]]] = {}
     for path, matrix in worth_codes(skeleton).items():
         entry = header.tensors.get(f"{path}.weight")
         if entry and entry.dtype == "BF16" and entry.shape == (matrix.rows, matrix.cols):
-            found.setdefault(id(skeleton.get_submodule(path).weight), (path, entry))
-    return dict(found.values())
+            found.setdefault(id(skeleton.get_submodule(path).weight), []).append((path, entry))
+    return {
+        path: entry
+        for (path, entry), *others in found.values()
+        if not others and not _is_looked_at(skeleton, path)
+    }
+
+
+def _is_looked_at(skeleton: nn.Module, path: str) -> bool:
+    """Say whether the code around a layer names its weights: each look would widen them."""
+    parent, _, name = path.rpartition(".")
+    family: Any = type(skeleton.get_submodule(parent))
+    return f"self.{name}.weight" in _source_of(family)
+
+
+@cache
+def _source_of(cls: type) -> str:
+    try:
+        return getsource(cls)
+    except (OSError, TypeError):  # installed without
+        return ""
 
 
 def find_records(folder: Path, skeleton: nn.Module, narrow: bool = False) -> Records:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from fate_moe.predict import Known, Router
 
 NORM_EPS = 1e-6
+_SMALL_WEIGHTS = 1 << 20  # more are worth several cores
 WIDER = 1.5  # guesses per expert the router takes, where the percentile gives fewer
 
 
@@ -51,7 +52,8 @@ class FittedRouter:
 
     def __post_init__(self) -> None:
         parts = self.weight, self.bias
-        if native.is_available() and all(_is_plain(part) for part in parts):
+        fits = self.bias.shape == (self.num_experts,) and self.weight.numel() <= _SMALL_WEIGHTS
+        if native.is_available() and fits and all(_is_plain(part) for part in parts):
             addresses = (part.data_ptr() for part in parts)
             eps = NORM_EPS if self.is_normed else -1.0
             found = native.core().LinearMap(*addresses, *self.weight.shape, eps)

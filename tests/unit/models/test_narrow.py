@@ -1,5 +1,7 @@
 """Matrices of bfloat16 that stay so, where the native core computes in float32."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch import Tensor
 from fate_moe import native
 from fate_moe.engine.demands import demands_of
 from fate_moe.engine.prepare import convert_model
+from fate_moe.models import records
 from fate_moe.models.load import load_residents, read_skeleton
 from fate_moe.models.quantized import RecordEmbedding, RecordLinear, use_native
 from fate_moe.models.scores import Halves
@@ -75,15 +78,48 @@ def test_what_is_tied_is_one_and_the_same(tmp_path: Path) -> None:
     assert torch.equal(Halves(model).projection.float(), model.model.embed_tokens.weight)
 
 
-def test_a_file_may_hold_both_of_what_is_tied(tmp_path: Path) -> None:
+def test_what_is_tied_though_the_file_holds_both_is_transformers_business(tmp_path: Path) -> None:
     store = make_store(tmp_path, tie_word_embeddings=True)
     file = store / "resident.safetensors"
     tensors = load_file(file)
     embedding = tensors["model.embed_tokens.weight"]
-    other: Tensor = embedding.flip(0).contiguous()  # transformers takes the embedding's for both
+    other: Tensor = embedding.flip(0).contiguous()
     save_file({**tensors, "lm_head.weight": other}, file, metadata={"format": "pt"})
-    model = load(store, narrow=True)
-    assert torch.equal(model.lm_head.weight, embedding.float())
+    wide, narrow = load(store, narrow=False), load(store, narrow=True)
+    assert not {"lm_head", "model.embed_tokens"} & kept(narrow).keys()
+    assert torch.equal(narrow.lm_head.weight, wide.lm_head.weight)
+    assert torch.equal(narrow.model.embed_tokens.weight, embedding.float())
+
+
+def test_what_a_familys_code_looks_at_is_left_wide(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "_source_of", lambda cls: "x @ self.q_proj.weight.T")
+    paths = kept(load(store, narrow=True))
+    assert "model.layers.0.self_attn.o_proj" in paths
+    assert not any(path.endswith("q_proj") for path in paths)
+
+
+def test_jambas_step_projection_is_looked_at() -> None:
+    from transformers.models.jamba.modeling_jamba import JambaMambaMixer
+
+    assert "self.dt_proj.weight" in records._source_of(JambaMambaMixer)
+
+
+def test_precisions_are_compared_through_wide_and_narrow_projections(
+    store: Path, tmp_path: Path
+) -> None:
+    """The original runs beside experts as they are, with wide matrices; INT4 with narrow ones."""
+    text = tmp_path / "text.txt"
+    text.write_text("one for all and all for one " * 20)
+    fate = [sys.executable, "-m", "fate_moe", "eval", str(store.parent / "checkpoint")]
+    done = subprocess.run(
+        [*fate, "--compare", "int4", "--text", str(text), "--tokens", "64", "--json",
+         "--cache-dir", str(tmp_path), "--out", str(tmp_path / "out")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-500:]
+    assert "int4" in done.stdout
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -100,8 +136,8 @@ def test_a_plan_counts_two_bytes_for_each_weight(store: Path) -> None:
         return need.weights_bytes, need.load_bytes
 
     model = load(store, narrow=True)
-    records = {one.record.data_ptr(): one.record.numel() for one in kept(model).values()}
+    sizes = {one.record.data_ptr(): one.record.numel() for one in kept(model).values()}
     (wide, wide_load), (narrow, narrow_load) = weights(False), weights(True)
-    assert wide - narrow == sum(records.values())  # four bytes less two
+    assert wide - narrow == sum(sizes.values())  # four bytes less two
     assert wide_load > narrow_load
-    assert narrow == sum(records.values()) + 4 * sum(one.numel() for one in model.parameters())
+    assert narrow == sum(sizes.values()) + 4 * sum(one.numel() for one in model.parameters())
