@@ -391,4 +391,4 @@ def test_scores_are_part_of_the_plan(tiny_store: Path, open_engine: Open) -> Non
         engine = open_engine(tiny_store, experts="50%", **choices)
         return engine.blueprint.memory.demands.workspace_bytes
 
-    assert workspace(scored_tokens=101) - workspace() == 100 * 320 * 4 * 4
+    assert workspace(scored_tokens=101) - workspace() == 100 * 320 * 4 * 6
