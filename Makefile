@@ -16,7 +16,7 @@ test: $(VENV)/dev.done
 # What the native core computes, with the instructions that every processor has.
 PORTABLE := tests/gates/test_g1_exact.py tests/gates/test_g9_two_bits.py tests/unit/compute \
   tests/unit/models/test_quantized.py tests/unit/models/test_narrow.py \
-  tests/unit/models/test_fused.py tests/unit/models/test_fused_block.py
+  tests/unit/models/test_fused.py tests/unit/models/test_fused_block.py tests/unit/models/test_fused_run.py
 portable: $(VENV)/dev.done
 	FATE_ISA=portable $(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadgroup $(PORTABLE)
 

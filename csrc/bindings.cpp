@@ -88,6 +88,8 @@ void bind_io(nb::module_& m);  // bindings_io.cpp
 
 void bind_cache(nb::module_& m);  // bindings_cache.cpp
 
+void bind_run(nb::module_& m);  // bindings_run.cpp
+
 NB_MODULE(_native, m) {
   using Unlocked = nb::call_guard<nb::gil_scoped_release>;
   bind_io(m);
@@ -153,4 +155,5 @@ NB_MODULE(_native, m) {
       .def("finish", &Step::finish, "out"_a, Unlocked());
 
   bind_decode(m);
+  bind_run(m);
 }

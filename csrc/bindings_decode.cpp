@@ -20,11 +20,7 @@ void need(bool fine, const char* what) {
   if (!fine) throw std::invalid_argument(what);
 }
 
-struct Locked {
-  std::lock_guard<std::mutex> hold{fate::shared().busy};
-  fate::Pool& pool = *fate::shared().pool;
-  fate::DecodeMemory& memory = fate::shared().decode;
-};
+using fate::Locked;
 
 fate::CachePlace cache_at(Address keys, Address values, std::size_t stride, int length) {
   return {at<float>(keys), at<float>(values), stride, length};

@@ -23,4 +23,11 @@ inline Shared& shared() {
   return *one;
 }
 
+// What a call that computes takes hold of.
+struct Locked {
+  std::lock_guard<std::mutex> hold{shared().busy};
+  Pool& pool = *shared().pool;
+  DecodeMemory& memory = shared().decode;
+};
+
 }  // namespace fate

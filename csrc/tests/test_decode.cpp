@@ -5,6 +5,7 @@
 
 #include "attention.h"
 #include "record.h"
+#include "token_run.h"
 
 namespace {
 
@@ -177,6 +178,82 @@ void check_attend(Pool& pool, const char* isa, int heads, int kv_heads, int dim,
          "the new value is not in the cache", isa);
 }
 
+// One layer with experts and a shared one, one without experts: a run beside its parts, one by one.
+void check_run(Pool& pool, const char* isa, int width, int inner) {
+  constexpr int kHeads = 2, kExperts = 5, kChosen = 2, kLayers = 2, kRows = 4;
+  const int dim = width / kHeads;
+  Matrices own;
+  own.records.reserve(20), own.floats.reserve(20);
+  const std::vector<float> norm = random_values(width), gate = random_values(1ul * kExperts * width);
+  const AttentionShape heads{kHeads, kHeads, dim, 0, 0.3f, {nullptr, 0}, {nullptr, 0}, false};
+  const Gate form{Act::kSilu, 1.0f, INFINITY, 0.0f, false};
+  const auto around = [&] {
+    const Projection q = own.add(width, width, true), k = own.add(width, width, false);
+    const Projection v = own.add(width, width, true), o = own.add(width, width, true);
+    return AttentionBlock{heads, q, k, v, o, {norm.data(), 1e-5f}, {norm.data(), 1e-5f}, 1.0f};
+  };
+  const auto dense_of = [&](const float* share) {
+    const Projection in = own.add(inner, width, true), up = own.add(inner, width, true);
+    return DenseBlock(in, up, own.add(width, inner, true), form, share);
+  };
+  const AttentionBlock first = around(), second = around();
+  DenseBlock shared = dense_of(gate.data()), plain = dense_of(nullptr);
+  const RouterBlock router{gate.data(), kExperts, width, kChosen, true};
+
+  const Record up(2 * inner, width, 32, 4), down(width, inner, 32, 4);
+  const std::size_t up_bytes = up.place.low + 2ul * inner * width / 4;
+  const std::size_t bytes = up_bytes + down.place.low + 1ul * width * inner / 4;
+  std::vector<std::vector<std::uint8_t>> experts(kExperts, std::vector<std::uint8_t>(bytes));
+  MatrixPlace below = down.place;
+  for (std::size_t* at : {&below.scale, &below.zero, &below.high, &below.low}) *at += up_bytes;
+  const ExpertShape shape{up.place, below, true, false, form, -1, -1};
+  std::vector<const std::uint8_t*> records;
+  for (std::vector<std::uint8_t>& one : experts) {
+    std::memcpy(one.data(), up.bytes.get(), up_bytes);
+    std::memcpy(one.data() + up_bytes, down.bytes.get(), bytes - up_bytes);
+    for (std::size_t i = 0; i < 1ul * width * inner / 4; ++i)  // else all would be the same
+      one[up.place.high + i] = static_cast<std::uint8_t>(random_bits());
+    records.push_back(one.data());
+  }
+
+  const std::vector<float> history = random_values(1ul * kHeads * kRows * dim);
+  std::vector<std::vector<float>> keys(2 * kLayers, history), values = keys;
+  std::vector<CachePlace> caches;
+  for (int l = 0; l < 2 * kLayers; ++l)
+    caches.push_back({keys[l].data(), values[l].data(), 1ul * kRows * dim, kRows - 1});
+  const std::vector<float> x = random_values(width);
+  DecodeMemory memory;
+
+  std::vector<float> y(width), normed(width), grown(width), extra(width), want(width), logits(kExperts);
+  std::vector<float> weights(kChosen);
+  std::vector<std::int64_t> ids(kChosen);
+  first.layer(pool, memory, x.data(), nullptr, nullptr, caches[0], y.data(), normed.data());
+  shared.start(pool, normed.data());
+  router.run(memory, normed.data(), logits.data(), weights.data(), ids.data());
+  shared.finish(pool, memory, extra.data());
+  ExpertStep step;
+  step.begin(pool, shape, normed.data(), 1, kChosen, ids.data(), weights.data());
+  for (const std::int64_t id : ids) step.run(pool, {{id, records[id], false}});
+  step.finish(pool, grown.data());
+  for (int d = 0; d < width; ++d) y[d] += grown[d] + extra[d];
+  second.layer(pool, memory, y.data(), nullptr, nullptr, caches[1], want.data(), normed.data());
+  plain.start(pool, normed.data());
+  plain.finish(pool, memory, extra.data());
+  for (int d = 0; d < width; ++d) want[d] += extra[d];
+
+  TokenRun run;
+  run.add({first, router, shape, &shared, {}});
+  run.add({second, {nullptr, 0, 0, 0, false}, {}, &plain, {}});
+  expect(!run.is_placed() && run.experts(0) == kExperts && run.experts(1) == 0, "places", isa);
+  run.place({records, {}});
+  std::vector<float> got(width, NAN);
+  run.step(pool, memory, x.data(), nullptr, nullptr, {caches[2], caches[3]}, got.data());
+  expect(std::memcmp(got.data(), want.data(), 4ul * width) == 0, "a run differs from its layers", isa, width);
+  for (int l = 0; l < kLayers; ++l)
+    expect(keys[l] == keys[kLayers + l] && values[l] == values[kLayers + l],
+           "a run caches something else", isa, l);
+}
+
 }  // namespace
 
 int main() {
@@ -192,6 +269,8 @@ int main() {
     for (const auto& [heads, kv_heads] : std::vector<std::pair<int, int>>{{1, 1}, {4, 2}, {6, 1}})
       for (const int dim : {4, 20, 64})
         for (const int length : {0, 1, 7, 300}) check_attend(pool, kernels->name, heads, kv_heads, dim, length);
+    for (const auto& [width, inner] : std::vector<std::pair<int, int>>{{32, 32}, {160, 96}, {256, 320}})
+      check_run(pool, kernels->name, width, inner);
     std::printf("%s: tried\n", kernels->name);
   }
   std::printf(failures ? "%d failures\n" : "all as it should be\n", failures);

@@ -33,7 +33,14 @@ class Observer(Protocol):
 
 
 class MoELayer:
-    """The routed experts of one layer, as the model calls them."""
+    """The routed experts of one layer, as the model calls them.
+
+    Attributes:
+        layer: its number among the MoE layers.
+        num_experts: E.
+        experts: what computes them.
+        observer: who is told what happens; None for nobody.
+    """
 
     def __init__(
         self,
@@ -45,10 +52,10 @@ class MoELayer:
         low_experts: LowExperts,
     ) -> None:
         self.layer = layer
-        self._num_experts = num_experts
+        self.num_experts = num_experts
         self._predictor = predictor
         self._mover = mover
-        self._experts = experts
+        self.experts = experts
         self._low_experts = low_experts
         self._guess: Prediction | None = None
         self.observer: Observer | None = None
@@ -88,10 +95,10 @@ class MoELayer:
         with self._mover.lease(self._choice(topk_ids)) as arriving:
             self._mover.speculate(self._guess)  # after the demand: a guess only gets idle link time
             beside()
-            return self._experts(x, topk_ids, topk_weights, arriving)
+            return self.experts(x, topk_ids, topk_weights, arriving)
 
     def _choice(self, topk_ids: Tensor) -> Choice:
-        choice = choice_of(self.layer, topk_ids, self._num_experts)
+        choice = choice_of(self.layer, topk_ids, self.num_experts)
         low = self._low_experts(choice)
         if low:
             choice = replace(choice, low=low)

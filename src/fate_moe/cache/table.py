@@ -89,6 +89,7 @@ class ExpertTable:
         self._limits = list(regions.capacities)
         self._lenders: list[int] = []  # regions, one for each slot that is lent
         self.evictions = 0
+        self.departures = 0  # whoever left its slot, for whatever reason
         self.on_drop: Callable[[Entry], None] = lambda entry: None
         self._make_policy = make_policy
         self._of_layer = regions.of_layer
@@ -330,4 +331,5 @@ class ExpertTable:
     def _release_slot(self, entry: Entry) -> None:
         del self._entries[entry.key]
         self._free.append(entry.slot)
+        self.departures += 1
         self.on_drop(entry)

@@ -52,7 +52,12 @@ def can_compute(layout: RecordLayout) -> bool:
 
 
 class NativeExperts:
-    """Run experts where they lie, all that have landed in one call."""
+    """Run experts where they lie, all that have landed in one call.
+
+    Attributes:
+        shape: the native `ExpertShape`.
+        slot_address: where a slot's bytes start.
+    """
 
     def __init__(
         self,
@@ -71,8 +76,8 @@ class NativeExperts:
         Raises:
             NativeUnavailable: there is no native core.
         """
-        self._shape = _shape(layout, form)
-        self._slot_address = slot_address
+        self.shape = _shape(layout, form)
+        self.slot_address = slot_address
         self._step = step
 
     def __call__(
@@ -90,7 +95,7 @@ class NativeExperts:
         step = self._step
         count, k = ids.shape
         what = (
-            self._shape, tokens.data_ptr(), count, k, ids.data_ptr(), weights.data_ptr(),
+            self.shape, tokens.data_ptr(), count, k, ids.data_ptr(), weights.data_ptr(),
         )  # fmt: skip
         arrivals = iter(arriving)
         landed = next(arrivals, [])
@@ -105,7 +110,7 @@ class NativeExperts:
         return out.to(x.dtype)
 
     def _places(self, landed: Sequence[tuple[int, int, bool]]) -> list[tuple[int, int, bool]]:
-        address = self._slot_address
+        address = self.slot_address
         return [(expert, address(slot), low) for expert, slot, low in landed]
 
 

@@ -84,7 +84,7 @@ def attach(
     for index, (site, experts) in enumerate(zip(sites, sums, strict=True)):
         layer = MoELayer(index, site.num_experts, predictor, mover, experts, low_experts)
         site.attach(layer.forward, layer.before_router)
-        if predictor.sharpens:
+        if predictor.sharpens and mover.benefit.levels > 1:
             site.watch_layer(layer.before_layer)
         moe_layers.append(layer)
     return path, moe_layers

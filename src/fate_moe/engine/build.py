@@ -28,9 +28,11 @@ from fate_moe.models.kv_cache import chunks_continue
 from fate_moe.models.load import load_residents
 from fate_moe.models.quantized import use_native
 from fate_moe.models.seam import MoESite
+from fate_moe.moe import MoELayer
 from fate_moe.predict import Known, Predictor, make_predictor
 from fate_moe.predict.ridge import FittedRouter
 from fate_moe.prefetch.mover import Mover
+from fate_moe.prefetch.whole import Whole
 from fate_moe.store.fitted import STAGES, Map, read_fitted
 from fate_moe.store.reader import FileReader, RecordReader
 from fate_moe.telemetry import peak_rss_bytes
@@ -87,6 +89,8 @@ def build(
         if natively:
             _fuse(model, blueprint.context_tokens)
         _preload(blueprint, regions, mover, progress)
+        if natively and mover.benefit.levels == 1 and config.compute.int2 != "always":
+            _fuse_whole(model, sites, layers, regions, blueprint, mover)
     except BaseException:
         _stop(mover, reader)
         raise
@@ -121,8 +125,16 @@ def _make_mover(
         io_threads=prefetch.io_threads,
         window=prefetch.window,
         head_bytes=[layer.head_read_bytes for layer in layers],
-        guess_levels=1 if not predictor.width else 3 if predictor.sharpens else 2,
+        guess_levels=_guess_levels(blueprint, predictor),
     )
+
+
+def _guess_levels(blueprint: Blueprint, predictor: Predictor) -> int:
+    # Where nothing has to be read, guessing costs its time only. A window asks for it all the same.
+    is_needless = blueprint.holds_all and blueprint.config.prefetch.window is None
+    if not predictor.width or is_needless:
+        return 1
+    return 3 if predictor.sharpens else 2
 
 
 def _known(blueprint: Blueprint, sites: list[MoESite]) -> Known:
@@ -149,6 +161,26 @@ def _fuse(model: Any, tokens: int) -> None:
     from fate_moe.models.fused import fuse  # defines classes of transformers', slow to import
 
     fuse(model, tokens)
+
+
+def _fuse_whole(
+    model: Any,
+    sites: list[MoESite],
+    layers: list[MoELayer],
+    regions: Regions,
+    blueprint: Blueprint,
+    mover: Mover,
+) -> None:
+    from fate_moe.models.fused_run import fuse_runs
+
+    whole = {
+        site.experts: layer
+        for site, layer in zip(sites, layers, strict=True)
+        if regions.holds_whole(layer.layer, blueprint.experts)
+    }
+    if whole:
+        fuse_runs(model, whole, partial(Whole, mover))
+        mover.reset()  # the trial was no token of anybody's
 
 
 def _stop(mover: Mover, reader: RecordReader) -> None:

@@ -71,6 +71,8 @@ class Engine:
         predictor = config.predict.predictor
         if predictor == "ridge" and blueprint.manifest.fitted is None:
             predictor = "cross_layer (fate calibrate would fit a better one)"
+        if predictor != "none" and self.mover.benefit.levels == 1:
+            predictor += ", not asked: every expert is in memory"
         parts = [
             f"policy {config.policy} (predictor {predictor}, cache "
             f"{config.cache.cache}, allocation {config.cache.allocation})",

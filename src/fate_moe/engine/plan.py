@@ -95,6 +95,11 @@ class Blueprint:
         """Experts of each layer, [L]."""
         return [layer.num_experts for layer in self.manifest.layers]
 
+    @property
+    def holds_all(self) -> bool:
+        """Whether there is a slot for every expert."""
+        return self.memory.slots >= sum(self.experts)
+
     def share_out(self, guess_width: int) -> tuple[Regions, int]:
         """Split the slots into regions and the spare ones.
 
@@ -105,7 +110,7 @@ class Blueprint:
         """
         slots, cache = self.memory.slots, self.config.cache
         spare = 0
-        if slots < sum(self.experts):
+        if not self.holds_all:
             # Room for one layer's guesses, or for its demands read side by side. A cache smaller
             # than that gives up at most a third of itself.
             spare = max(1, min(max(guess_width, self.skeleton.top_k), slots // 3))

@@ -16,6 +16,10 @@ _LEAST_ROOM = 64
 """Tokens of room that a cache starts with, and least by which one with a window grows."""
 
 
+Row = tuple[int, int, int, int]
+"""Addresses of the first held key and value, floats from head to head, rows held."""
+
+
 class _Rows:
     """Keys and values [B, H, capacity, width], of which rows `first` to `first + count` are held.
 
@@ -110,12 +114,11 @@ class _Growing:
             rows.append(keys, values)
         return rows.views()
 
-    def row(self) -> tuple[int, int, int, int] | None:
+    def row(self) -> Row | None:
         """Find where the next token's keys and values go.
 
         Returns:
-            Addresses of the first held key and value, floats from head to head, rows held (the next
-            one is free). None while nothing is held.
+            The next row after those held is free. None while nothing is held.
         """
         rows = self._rows or self._held()
         if rows is None:

@@ -80,8 +80,12 @@ def unfuse(model: nn.Module) -> None:
     from fate_moe.models.fused_block import FusedBlock
     from fate_moe.models.fused_layer import FusedLayer
     from fate_moe.models.fused_parts import FusedDense, FusedLinear, FusedNorm, FusedRouter
+    from fate_moe.models.fused_run import RunLayer
 
-    kinds = FusedAttention, FusedBlock, FusedLayer, FusedDense, FusedLinear, FusedNorm, FusedRouter
+    kinds = (
+        FusedAttention, FusedBlock, FusedLayer, FusedDense, FusedLinear, FusedNorm, FusedRouter,
+        RunLayer,
+    )  # fmt: skip
     for module in model.modules():
         forward = module.__dict__.get("forward")
         if isinstance(getattr(forward, "__self__", None), kinds):

@@ -40,7 +40,7 @@ class FusedBlock:
         if set(children) - {_ROUTER, _EXPERTS, _SHARE, *shared} or len(shared) > 1:
             raise TypeError("it has parts of another kind")
         self.inner = {name: children[name] for name in children}
-        self._shared = _shared_of(children, shared[0]) if shared else None
+        self.shared = _shared_of(children, shared[0]) if shared else None
         self.width = int(self.router.weight.shape[1])
         self.own = module.forward
 
@@ -49,33 +49,33 @@ class FusedBlock:
         if args or kwargs or not self._takes(hidden_states) or self._is_watched():
             return self.own(hidden_states, *args, **kwargs)
         x = hidden_states.view(-1, self.width)
-        if self._shared is None:
+        if self.shared is None:
             _, weights, ids = self.router(x)
             return self.experts.forward(x, ids, weights).view(hidden_states.shape)
         extra: list[Tensor] = []
         try:
-            self._shared.start(x)
+            self.shared.start(x)
             _, weights, ids = self.router(x)
             out = self.experts.forward(
-                x, ids, weights, beside=lambda: extra.append(self._shared.finish())
+                x, ids, weights, beside=lambda: extra.append(self.shared.finish())
             )
         finally:
             if not extra:
-                self._shared.drop()
+                self.shared.drop()
         return out.add_(extra[0]).view(hidden_states.shape)
 
     def _takes(self, x: Tensor) -> bool:
-        return are_tokens(x, self.width) if self._shared is None else self._shared.takes(x)
+        return are_tokens(x, self.width) if self.shared is None else self.shared.takes(x)
 
     @property
     def projections(self) -> tuple[Any, ...]:
         """The linear layers of the shared expert."""
-        return () if self._shared is None else self._shared.projections
+        return () if self.shared is None else self.shared.projections
 
     @property
     def tolerance(self) -> float:
         """What it may differ by from the block's own forward."""
-        return 1e-5 if self._shared is None else self._shared.tolerance
+        return 1e-5 if self.shared is None else self.shared.tolerance
 
     def _is_watched(self) -> bool:
         """Say whether somebody hooked what would not be called, or put something in its place."""
@@ -84,7 +84,7 @@ class FusedBlock:
             children[name] is not one
             or (name != _ROUTER and (one._forward_hooks or one._forward_pre_hooks))
             for name, one in self.inner.items()
-        ) or (self._shared is not None and self._shared.is_watched())
+        ) or (self.shared is not None and self.shared.is_watched())
 
 
 def _shared_of(children: Any, name: str) -> FusedDense:

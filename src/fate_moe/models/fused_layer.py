@@ -37,7 +37,7 @@ class FusedLayer:
         norms = [norm_of(one) for one in self.inner[1:]]
         native = core()
         before, after = (native.Norm(weight.data_ptr(), eps) for weight, eps in norms)
-        self._block = attention.block(before, after, self.residual)
+        self.block = attention.block(before, after, self.residual)
         self.norms = norms
         self.width = attention.width
         if any(weight.numel() != self.width for weight, _ in norms):
@@ -53,7 +53,7 @@ class FusedLayer:
             return self.own(hidden_states, **kwargs)
         shape = hidden_states.shape
         out, normed = torch.empty(shape), torch.empty(shape)
-        self._block.layer(
+        self.block.layer(
             hidden_states.data_ptr(), slot.cos, slot.sin, slot.keys, slot.values, slot.stride,
             slot.length, out.data_ptr(), normed.data_ptr(),
         )  # fmt: skip

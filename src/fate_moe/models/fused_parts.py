@@ -69,6 +69,7 @@ class FusedRouter:
 
     Attributes:
         module: whose `top_k` and weights these are.
+        experts, k: E and K.
     """
 
     def __init__(self, module: Any, normalized: bool) -> None:
@@ -79,9 +80,10 @@ class FusedRouter:
         experts, self.width = self._weight.shape
         if not is_plain(self._weight) or experts != int(module.num_experts):
             raise TypeError("its matrix is of another kind")
-        self._experts, self._k = experts, int(module.top_k)
-        self._block = core().RouterBlock(
-            self._weight.data_ptr(), experts, self.width, self._k, normalized
+        self.module = module
+        self.experts, self.k = experts, int(module.top_k)
+        self.block = core().RouterBlock(
+            self._weight.data_ptr(), experts, self.width, self.k, normalized
         )
         self.tolerance = 1e-4
         self.own = module.forward
@@ -94,10 +96,10 @@ class FusedRouter:
         """
         if args or kwargs or not is_one_token(hidden_states, self.width):
             return self.own(hidden_states, *args, **kwargs)
-        logits = torch.empty(1, self._experts)
-        weights = torch.empty(1, self._k)
-        ids = torch.empty(1, self._k, dtype=torch.long)
-        self._block.run(
+        logits = torch.empty(1, self.experts)
+        weights = torch.empty(1, self.k)
+        ids = torch.empty(1, self.k, dtype=torch.long)
+        self.block.run(
             hidden_states.data_ptr(), logits.data_ptr(), weights.data_ptr(), ids.data_ptr()
         )
         return logits, weights, ids
@@ -155,8 +157,8 @@ class FusedDense:
         self._share = share
         self._x = _NOTHING  # held for the cores that compute with it
         address = 0 if share is None else share.data_ptr()
-        self._block = native.DenseBlock(*(one.projection for one in matrices), gate, address)
-        self._takes_many = self._block.takes_many
+        self.block = native.DenseBlock(*(one.projection for one in matrices), gate, address)
+        self._takes_many = self.block.takes_many
         self.tolerance = max(one.tolerance for one in matrices)
         self.own = module.forward
 
@@ -176,7 +178,7 @@ class FusedDense:
     def start(self, x: Tensor) -> None:
         """Take over tokens x [.., D]; with a single one other cores begin."""
         if x.numel() == self.width:
-            self._block.start(x.data_ptr())
+            self.block.start(x.data_ptr())
         self._x = x
 
     def finish(self) -> Tensor:
@@ -184,9 +186,9 @@ class FusedDense:
         x = self._x
         out = torch.empty_like(x)
         if x.numel() == self.width:
-            self._block.finish(out.data_ptr())
+            self.block.finish(out.data_ptr())
         else:
-            self._block.many(x.data_ptr(), x.numel() // self.width, out.data_ptr())
+            self.block.many(x.data_ptr(), x.numel() // self.width, out.data_ptr())
         self._x = _NOTHING  # every layer would hold on to its prompt
         return out
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fate_moe.models.cache_growing import (
     GrowingLayer,
     GrowingSlidingLayer,
+    Row,
     growing_layer,
     is_plain,
 )
@@ -34,6 +35,9 @@ CODES_TOLERANCE = 3e-2
 _HARMLESS = frozenset(
     {"position_ids", "use_cache", "cache_position", "output_attentions", "output_router_logits"}
 )
+
+
+GrowingLayers = GrowingLayer | GrowingSlidingLayer
 
 
 class Positions:
@@ -78,8 +82,8 @@ class Slot:
     def __init__(
         self,
         turn: tuple[int, int],
-        row: tuple[int, int, int, int],
-        layer: GrowingLayer | GrowingSlidingLayer,
+        row: Row,
+        layer: GrowingLayers,
     ) -> None:
         self.cos, self.sin = turn
         self.keys, self.values, self.stride, self.length = row
@@ -114,6 +118,27 @@ def find_slot(
         limit: tokens that the cache will hold at most, as far as is known.
         positions: shared by all layers.
     """
+    call = read_call(kwargs)
+    if call is None:
+        return None
+    turn = positions.addresses(call.embeddings, rotary)
+    found = None if turn is None else find_row(call.past, index, limit)
+    if turn is None or found is None or not positions.sees_all(call.mask, found[1][3] + 1):
+        return None
+    layer, row = found
+    return Slot(turn, row, layer)
+
+
+class Call(NamedTuple):
+    """What a layer's arguments say besides what it computes on."""
+
+    embeddings: Any
+    mask: Any
+    past: Any
+
+
+def read_call(kwargs: dict[str, Any]) -> Call | None:
+    """Look through a layer's arguments; None where one changes what it computes."""
     embeddings = mask = past = None
     for name, value in kwargs.items():
         if name == "position_embeddings":
@@ -124,15 +149,17 @@ def find_slot(
             past = value
         elif name not in _HARMLESS or (value is True and name == "output_attentions"):
             return None
-    turn = positions.addresses(embeddings, rotary)
-    if turn is None or past is None:
-        return None
-    layer = growing_layer(past, index, limit)
+    return Call(embeddings, mask, past)
+
+
+def find_row(past: Any, index: int, limit: int) -> tuple[GrowingLayers, Row] | None:
+    """Find where a layer of a cache takes one sequence's next token, and that row's place."""
+    layer = None if past is None else growing_layer(past, index, limit)
     row = None if layer is None else layer.row()
-    if layer is None or row is None or not positions.sees_all(mask, row[3] + 1):
+    if layer is None or row is None:
         return None
     keys = layer._rows.keys  # type: ignore[union-attr]
-    return Slot(turn, row, layer) if keys.shape[0] == 1 and is_plain(keys) else None
+    return (layer, row) if keys.shape[0] == 1 and is_plain(keys) else None
 
 
 class Matrix:

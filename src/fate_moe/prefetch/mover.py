@@ -125,8 +125,7 @@ class Mover:
             many tokens and its slot is wanted.
         Cost: a hit O(1) and no copy; a miss one read of the record.
         """
-        with self._changed:
-            self._take_ownership()
+        self.begin_lease()
         with self.section:
             self._turns.begin(choice.layer, choice.phase)
             self._wishes.clear()
@@ -141,6 +140,21 @@ class Mover:
             self.table.begin(choice)
             together = len(keys) if by_itself or choice.phase is Phase.DECODE else 1
             return Lease(self, choice, keys, together)
+
+    def begin_lease(self) -> None:
+        """Wait until no other thread computes; start anew if a lease before left things torn."""
+        with self._changed:
+            me = threading.get_ident()
+            if self._owner == me:  # this thread's last lease was interrupted before it could end
+                self._owner, self.section.torn = None, True
+            while self._owner is not None and not self._closed:
+                if not self._changed.wait(POLL_S):
+                    raise CacheError(f"another thread has been computing for over {POLL_S:.0f} s")
+            if self._closed:
+                raise CacheError("the engine is closed; load the model again")
+            self._owner = me
+            if self.section.torn:
+                self._start_anew()
 
     def end_lease(self) -> None:
         """Let the next lease begin."""
@@ -315,19 +329,6 @@ class Mover:
         self.telemetry.guesses -= 1
         self.telemetry.bytes_speculated -= self._parts.bytes(entry)
         self.table.give_back(entry)
-
-    def _take_ownership(self) -> None:
-        me = threading.get_ident()
-        if self._owner == me:  # this thread's last lease was interrupted before it could end
-            self._owner, self.section.torn = None, True
-        while self._owner is not None and not self._closed:
-            if not self._changed.wait(POLL_S):
-                raise CacheError(f"another thread has been computing for over {POLL_S:.0f} s")
-        if self._closed:
-            raise CacheError("the engine is closed; load the model again")
-        self._owner = me
-        if self.section.torn:
-            self._start_anew()
 
     def _start_anew(self) -> None:
         self._queue = ReadQueue(self._parts.bytes)

@@ -61,8 +61,8 @@ def test_an_error_among_the_experts_leaves_nothing_half_done(tokens: int, when: 
     block.experts.attached = broken
     with pytest.raises(OSError, match="the disk is gone"):
         fused.forward(draw(tokens, fused.width) + 1)
-    assert fused._shared is not None
-    assert fused._shared._x.numel() == 0
+    assert fused.shared is not None
+    assert fused.shared._x.numel() == 0
     block.experts.attached = own
     assert torch.equal(fused.forward(x), want)
 

@@ -1,0 +1,275 @@
+"""A token that goes through many layers in one native call: same bits, and only where it may."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fate_moe import native
+from fate_moe.engine.prepare import convert_model
+from fate_moe.engine.record import Recorder
+from fate_moe.models.fused_run import FusedRun, RunLayer
+from fate_moe.types import Choice, Phase
+from tests.tiny import EXPERTS, LAYERS, TOP_K, save_checkpoint
+
+pytestmark = pytest.mark.skipif(not native.is_available(), reason=native.why_missing)
+
+NEW, TOO_EARLY = 8, 2
+"""Tokens answered; the first comes of the prompt, in the next one layers are still looked at."""
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tell of every token that went through in one call how many layers it passed."""
+    passed: list[int] = []
+    own = FusedRun.compute
+
+    def compute(run: FusedRun, x: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
+        out = own(run, x, kwargs)
+        if out is not None:
+            passed.append(len(run.layers))
+        return out
+
+    monkeypatch.setattr(FusedRun, "compute", compute)
+    return passed
+
+
+def run_layers(model: nn.Module) -> list[RunLayer]:
+    found = (getattr(one.__dict__.get("forward"), "__self__", None) for one in model.modules())
+    return [one for one in found if isinstance(one, RunLayer)]
+
+
+def answer(model: Any, mask: Tensor | None = None, **more: Any) -> Any:
+    ids = torch.randint(3, 250, (1, 11), generator=torch.Generator().manual_seed(5))
+    return model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids) if mask is None else mask,
+        max_new_tokens=NEW, do_sample=False, eos_token_id=None, output_logits=True,
+        return_dict_in_generate=True, **more,
+    )  # fmt: skip
+
+
+def same(a: Any, b: Any) -> bool:
+    logits = zip(a.logits, b.logits, strict=True)
+    return torch.equal(a.sequences, b.sequences) and all(torch.equal(x, y) for x, y in logits)
+
+
+def one_by_one(model: Any, ask: Callable[[], Any]) -> Any:
+    """Ask a model whose layers are computed one after the other."""
+    layers = run_layers(model)
+    runs = [layer._run for layer in layers]
+    try:
+        for layer in layers:
+            layer._run = None
+        return ask()
+    finally:
+        for layer, run in zip(layers, runs, strict=True):
+            layer._run = run
+
+
+@pytest.fixture
+def model(open_engine: Any, tiny_store: Path) -> Any:
+    return open_engine(tiny_store, policy="resident").model
+
+
+def test_answers_have_the_bits_of_layers_one_by_one(model: Any, computed: list[int]) -> None:
+    want = one_by_one(model, lambda: answer(model))
+    assert not computed
+    got = answer(model)
+    assert computed == [LAYERS] * (NEW - TOO_EARLY)
+    assert same(got, want)
+    computed.clear()
+    assert same(answer(model), want)
+    assert computed == [LAYERS] * (NEW - 1)  # what all layers are called with has been seen
+
+
+def test_every_request_is_counted_as_a_hit(model: Any) -> None:
+    model.fate.reset()
+    answer(model)
+    for layer in range(LAYERS):
+        counts = model.fate.mover.telemetry.total(Phase.DECODE, layer)
+        assert counts.requests == counts.hits == (NEW - 1) * TOP_K
+
+
+def test_loading_counts_nothing(model: Any) -> None:
+    assert model.fate.report().requests == 0
+
+
+@pytest.mark.parametrize(
+    ("policy", "experts"), [("demand", "50%"), ("tuned", "50%"), ("path", "90%")]
+)
+def test_layers_are_computed_one_by_one_where_experts_come_and_go_or_are_guessed(
+    policy: str, experts: str, open_engine: Any, tiny_store: Path
+) -> None:
+    settings = {"experts": experts, "allocation": "even"}
+    assert not run_layers(open_engine(tiny_store, policy=policy, **settings).model)
+
+
+def test_where_everything_is_in_memory_the_default_policy_guesses_nothing(
+    open_engine: Any, tiny_store: Path, computed: list[int]
+) -> None:
+    model = open_engine(tiny_store, experts="100%").model
+    want = one_by_one(model, lambda: answer(model))
+    computed.clear()
+    assert same(answer(model), want)
+    assert computed == [LAYERS] * (NEW - TOO_EARLY)
+    report = model.fate.report()
+    assert report.guesses == report.misses == 0
+    assert "not asked: every expert is in memory" in report.mode
+
+
+def test_a_window_asks_for_guesses_all_the_same(open_engine: Any, tiny_store: Path) -> None:
+    model = open_engine(tiny_store, experts="100%", window=4).model
+    assert not run_layers(model)
+    answer(model)
+    assert model.fate.report().recall
+
+
+def test_layers_that_are_kept_whole_are_a_run_of_their_own(
+    open_engine: Any, tiny_store: Path, computed: list[int]
+) -> None:
+    kept = {"experts": "60%", "allocation": "shallow", "shallow_layers": 3}
+    model = open_engine(tiny_store, policy="demand", **kept).model
+    want = one_by_one(model, lambda: answer(model))
+    computed.clear()
+    assert same(answer(model), want)
+    assert computed == [3] * (NEW - TOO_EARLY)
+    model.fate.mover.table.check()
+
+
+def test_a_run_goes_through_layers_without_experts(
+    open_engine: Any, tmp_path: Path, computed: list[int]
+) -> None:
+    checkpoint = save_checkpoint(tmp_path / "mixed", mlp_only_layers=[0, 2])
+    convert_model(str(checkpoint), tmp_path / "store", cache_dir=tmp_path)
+    model = open_engine(tmp_path / "store", policy="resident").model
+    want = one_by_one(model, lambda: answer(model))
+    computed.clear()
+    assert same(answer(model), want)
+    assert computed == [LAYERS] * (NEW - TOO_EARLY)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "layers.3", "layers.2.mlp", "layers.2.mlp.gate", "layers.1.mlp.experts",
+        "layers.4.self_attn", "layers.4.self_attn.q_proj", "layers.5.post_attention_layernorm",
+        "layers.0.mlp.shared_expert", "layers.0.mlp.shared_expert.up_proj",
+    ],
+)  # fmt: skip
+def test_whoever_looks_at_a_part_sees_every_token(
+    part: str, model: Any, computed: list[int]
+) -> None:
+    before = answer(model)
+    computed.clear()
+    seen: list[int] = []
+    handle = model.model.get_submodule(part).register_forward_hook(lambda *_: seen.append(1))
+    want = one_by_one(model, lambda: answer(model))
+    assert same(answer(model), want)
+    assert len(seen) == 2 * NEW
+    assert not computed
+    handle.remove()
+    assert same(answer(model), before)
+    assert computed
+
+
+def test_hidden_states_are_those_of_each_layer(model: Any, computed: list[int]) -> None:
+    answer(model)
+    ask = lambda: answer(model, output_hidden_states=True)  # noqa: E731
+    computed.clear()
+    got, want = ask(), one_by_one(model, ask)
+    assert not computed
+    for a, b in zip(got.hidden_states[-1], want.hidden_states[-1], strict=True):
+        assert torch.equal(a, b)
+    assert len({float(state.sum()) for state in got.hidden_states[-1]}) > LAYERS
+
+
+def test_another_forward_in_a_layers_place_is_called(model: Any, computed: list[int]) -> None:
+    answer(model)
+    computed.clear()
+    layer, calls = model.model.layers[3], []
+    ours = layer.forward
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return ours(*args, **kwargs)
+
+    layer.forward = wrapped
+    answer(model)
+    assert len(calls) == NEW
+    assert not computed
+
+
+def test_tokens_that_a_mask_hides_stay_hidden(model: Any, computed: list[int]) -> None:
+    answer(model)
+    computed.clear()
+    mask = torch.ones(1, 11, dtype=torch.long)
+    mask[0, :4] = 0
+    want = one_by_one(model, lambda: answer(model, mask))
+    assert same(answer(model, mask), want)
+    assert not computed
+
+
+@torch.no_grad()
+def test_a_model_that_is_told_to_leave_its_last_layers_out_does(
+    model: Any, computed: list[int]
+) -> None:
+    answer(model)
+    computed.clear()
+    config = model.config.get_text_config()
+    config.num_hidden_layers = 2
+    want = one_by_one(model, lambda: answer(model))
+    assert same(answer(model), want)
+    assert not computed
+
+
+def test_a_trace_misses_nothing(model: Any, computed: list[int]) -> None:
+    answer(model)
+    computed.clear()
+    with Recorder(model.fate) as recorder:
+        answer(model)
+    assert not computed
+    assert len(recorder.trace.steps) == NEW
+    assert all(len(step.choices) == LAYERS for step in recorder.trace.steps)
+
+
+def test_after_an_interrupt_layers_fill_one_by_one_then_run_again(
+    model: Any, computed: list[int]
+) -> None:
+    want = answer(model)
+    computed.clear()
+    mover = model.fate.mover
+    mover.section.torn = True  # as an interrupt in a critical section leaves it
+    assert same(answer(model), want)
+    assert len(computed) < NEW - 1
+    asked = mover.telemetry.total()
+    assert asked.misses > 0
+    for layer in range(LAYERS):
+        with mover.lease(Choice(layer, list(range(EXPERTS)))) as arriving:
+            for _ in arriving:
+                pass
+    computed.clear()
+    assert same(answer(model), want)
+    assert len(computed) == NEW - 1
+    mover.table.check()
+
+
+def test_an_error_in_the_run_lets_the_next_token_compute(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    want = answer(model)
+    run = run_layers(model)[0]._run
+    assert run is not None
+    own = run._native
+
+    class Broken:
+        def step(self, *args: object) -> None:
+            raise MemoryError("no memory")
+
+    monkeypatch.setattr(run, "_native", Broken())
+    with pytest.raises(MemoryError, match="no memory"):
+        answer(model)
+    monkeypatch.setattr(run, "_native", own)
+    assert same(answer(model), want)
