@@ -68,11 +68,20 @@ class Counts:
 
 
 @dataclass(slots=True)
+class Leases:
+    """Seconds that leases were open: computing experts, and of that `stall_s` waiting for bytes."""
+
+    lease_s: float = 0.0
+    stall_s: float = 0.0
+
+
+@dataclass(slots=True)
 class Telemetry:
     """Everything counted during a run; `reset` starts anew, residents stay."""
 
     layers: int
     counts: dict[Phase, list[Counts]] = field(default_factory=dict)
+    leases: dict[Phase, Leases] = field(default_factory=dict)
     guesses: int = 0
     guesses_used: int = 0
     bytes_demand: int = 0
@@ -87,6 +96,7 @@ class Telemetry:
     def reset(self) -> None:
         """Forget all counts but the preload."""
         self.counts = {phase: [Counts() for _ in range(self.layers)] for phase in Phase}
+        self.leases = {phase: Leases() for phase in Phase}
         self.guesses = self.guesses_used = 0
         self.bytes_demand = self.bytes_speculated = self.bytes_wasted = 0
         self.stall_s = 0.0
@@ -277,6 +287,13 @@ def counts_json(counts: Counts) -> dict[str, object]:
         "recall": counts.recall,
         "recall_top_k": counts.recall_top_k,
     }
+
+
+def phase_json(telemetry: Telemetry, phase: Phase) -> dict[str, object]:
+    """Return the counts of one phase and how long its leases were open, for `--json`."""
+    leases = telemetry.leases[phase]
+    times = {"lease_s": leases.lease_s, "stall_s": leases.stall_s}
+    return {**counts_json(telemetry.total(phase)), **times}
 
 
 def per_layer_json(telemetry: Telemetry, capacities: Sequence[int]) -> list[dict[str, object]]:

@@ -96,6 +96,22 @@ GuessMs = Annotated[
     typer.Option(metavar="MS", min=0, max=1e5, rich_help_panel=TIME,
                  help="Guessing for all layers of a token."),
 ]  # fmt: skip
+ReadUs = Annotated[
+    float,
+    typer.Option(
+        metavar="US", min=0, max=1e6, rich_help_panel=TIME,
+        help="What each read takes from computing, beside its time on the link, such as 70 for "
+        "32 KB; docs/traces.md says how to measure it.",
+    ),
+]  # fmt: skip
+ExpertsMs = Annotated[
+    float | None,
+    typer.Option(
+        metavar="MS", min=0, max=1e6, rich_help_panel=TIME,
+        help="Of --token-ms, computing routed experts: what a layer can do while its own reads "
+        "come in. Default: all of it.",
+    ),
+]  # fmt: skip
 ShallowLayers = Annotated[
     int,
     typer.Option(
@@ -140,6 +156,8 @@ def simulate(
     token_ms: TokenMs = None,
     latency_ms: LatencyMs = 0.0,
     guess_ms: GuessMs = 0.0,
+    read_us: ReadUs = 0.0,
+    experts_ms: ExpertsMs = None,
     jobs: Jobs = None,
     out: Out = None,
     json_out: JsonOut = False,
@@ -158,6 +176,8 @@ def simulate(
         fate simulate run.trace --predictor none,oracle --allocation even,shallow,global
 
         fate simulate run.trace --predictor none,recorded --link 1.2GB --token-ms 48
+
+        fate simulate run.trace --link 200MB --token-ms 17.5 --experts-ms 6 --read-us 70
     """
     with TerminalProgress() as progress:
         from fate_moe.sim.sweep import run_cells
@@ -165,7 +185,7 @@ def simulate(
         cells = _cells(
             traces, cache, allocation, predictor, capacity, leases, shallow_layers, expert_bytes
         )
-        timed = _link(link, token_ms, latency_ms, guess_ms)
+        timed = _link(link, token_ms, latency_ms, guess_ms, read_us, experts_ms)
         cells = [replace(cell, link=timed) for cell in cells]
         if out is not None:
             _make(out)
@@ -200,18 +220,31 @@ def _cells(
 
 
 def _link(
-    rate: str | None, token_ms: float | None, latency_ms: float, guess_ms: float
+    rate: str | None,
+    token_ms: float | None,
+    latency_ms: float,
+    guess_ms: float,
+    read_us: float,
+    experts_ms: float | None,
 ) -> Link | None:
     from fate_moe.sim.timeline import Link
 
     if rate is None and token_ms is None:
+        if read_us or experts_ms is not None:
+            name = "read-us" if read_us else "experts-ms"
+            raise ConfigError(f"{name}: it tells no speed without --link and --token-ms")
         return None
     if rate is None or token_ms is None:
         raise ConfigError("link: --link and --token-ms go together: one alone tells no speed")
     size = parse_size(rate.strip().removesuffix("/s"), "link").count_bytes
     if not size:
         raise ConfigError(f"link: {rate!r:.40}: need bytes per second, such as 1.2GB")
-    return Link(size, token_ms / 1e3, latency_ms / 1e3, guess_ms / 1e3)
+    if experts_ms is not None and experts_ms > token_ms:
+        raise ConfigError(
+            f"experts-ms: have {experts_ms:g}, need at most the {token_ms:g} of --token-ms"
+        )
+    experts_s = None if experts_ms is None else experts_ms / 1e3
+    return Link(size, token_ms / 1e3, latency_ms / 1e3, guess_ms / 1e3, read_us / 1e6, experts_s)
 
 
 def _share(text: str) -> float:

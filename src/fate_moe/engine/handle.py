@@ -19,7 +19,7 @@ from fate_moe.prefetch.mover import Mover
 from fate_moe.prefetch.staged import StagedReader
 from fate_moe.store.format import Manifest
 from fate_moe.store.reader import RecordReader
-from fate_moe.telemetry import Report, counts_json, peak_rss_bytes, per_layer_json
+from fate_moe.telemetry import Report, peak_rss_bytes, per_layer_json, phase_json
 from fate_moe.types import Phase
 
 _REACHED = {
@@ -156,7 +156,7 @@ class Engine:
             vram_peak_bytes=CONTEXT_BYTES + card.peak_bytes() if card else None,
             peak_rss_bytes=peak_rss_bytes(),
             earlier_peak_bytes=self.earlier_peak_bytes,
-            phases={phase.value: counts_json(telemetry.total(phase)) for phase in Phase},
+            phases={phase.value: phase_json(telemetry, phase) for phase in Phase},
             per_layer=per_layer_json(telemetry, table.regions.of_layers),
         )
 

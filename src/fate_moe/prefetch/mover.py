@@ -159,6 +159,7 @@ class Mover:
     def end_lease(self) -> None:
         """Let the next lease begin."""
         with self._changed:
+            self._turns.end_lease()
             self._owner = None
             self._changed.notify_all()
 

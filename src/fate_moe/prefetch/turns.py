@@ -55,6 +55,13 @@ class Turns:
             self._step_began_s = None
         self._now = _Turn(layer, phase, now, stalled)
 
+    def end_lease(self) -> None:
+        """Book how long the turn's lease was open, and what of it was spent waiting."""
+        if self._now is not None:
+            booked = self._telemetry.leases[self._now.phase]
+            booked.lease_s += time.perf_counter() - self._now.began_s
+            booked.stall_s += self._telemetry.stall_s - self._now.stalled_s
+
     def window(self, read_bytes: int, spare_slots: int) -> int:
         """Return the most guesses of `read_bytes` each that this turn should queue."""
         if self._window is not None:

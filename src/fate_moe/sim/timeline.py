@@ -31,12 +31,17 @@ class Link:
         latency_s: of each read, before its first byte.
         token_s: computing one token with everything resident.
         guess_s: guessing for all layers of a token.
+        read_s: that each read takes from computing, on the processor, beside its time on the link.
+        experts_s: of token_s, computing routed experts; None: all of it. Only that can be done
+            while the layer's own reads come in: the rest needs what the experts computed.
     """
 
     bytes_s: float
     token_s: float
     latency_s: float = 0.0
     guess_s: float = 0.0
+    read_s: float = 0.0
+    experts_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +121,8 @@ class _Run:
         self.now_s = self.stall_s = 0.0
         self._link = link
         self._layer_s = link.token_s / len(trace.experts)
+        experts_s = link.token_s if link.experts_s is None else link.experts_s
+        self._experts_s = min(experts_s, link.token_s) / len(trace.experts)
         self._guess_s = link.guess_s / len(trace.experts)
         self._record_bytes = record_bytes
         self._spare = spare_slots
@@ -145,25 +152,27 @@ class _Run:
             return
         landings = [begun[e].ends_s for e in asked_for if e in begun]
         promoted = [e for e in choice.experts if e in kept and e not in begun]
-        landings += [self._serve(size) for _ in (*promoted, *missing)]
+        demands = [self._serve(size) for _ in (*promoted, *missing)]
         self._count(choice, resident, begun, kept, size)
-        self.now_s = self._compute(began_s, landings, len(choice.experts))
+        read_s = len(demands) * self._link.read_s
+        self.now_s = self._compute(began_s, landings + demands, read_s, len(choice.experts))
         self._guess_ahead(guess, began_s)
 
     def _serve(self, size: int) -> float:
         self._free_s += self._link.latency_s + size / self._link.bytes_s
         return self._free_s
 
-    def _compute(self, began_s: float, landings: list[float], experts: int) -> float:
+    def _compute(self, began_s: float, landings: list[float], read_s: float, experts: int) -> float:
         """Return when the layer is done, and book what it waited."""
-        compute_s = self._layer_s
-        done_s = began_s + compute_s
+        done_s = began_s + self._experts_s
         last_s = max(landings, default=began_s)
         if last_s > began_s:
             # The last one to land is computed when it has landed.
-            done_s = max(done_s, last_s + compute_s / (experts + 1))
-        self.stall_s += max(0.0, done_s - began_s - compute_s)
-        return done_s
+            done_s = max(done_s, last_s + self._experts_s / (experts + 1))
+        self.stall_s += max(0.0, done_s - began_s - self._experts_s)
+        # What reads take comes before they are asked for and after they have landed: measured, it
+        # makes no waiting shorter.
+        return done_s + read_s + self._layer_s - self._experts_s
 
     def _guess_ahead(self, guess: Prediction | None, began_s: float) -> None:
         self._guess = guess
@@ -183,6 +192,9 @@ class _Run:
                 self._wishes.spend()
             self._wishes.pop()
         self._wishes.clear()
+        for read in self._reads.values():
+            if read.begins_s < self.now_s:  # what has not begun by then is no read so far
+                self.now_s += self._link.read_s
 
     def _count(
         self, choice: Choice, resident: int, begun: dict[int, _Read], kept: set[int], size: int

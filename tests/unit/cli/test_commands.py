@@ -67,6 +67,7 @@ def test_json_holds_every_key_of_the_contract(store: str) -> None:
     for phase in ("prefill", "decode"):
         part = data["phases"][phase]
         assert part["hits"] + part["late"] + part["misses"] == part["requests"]
+        assert 0 <= part["stall_s"] < part["lease_s"]
     rows = data["per_layer"]
     assert sum(row["requests"] for row in rows) == data["requests"]
     assert rows[0]["recall"] is None  # nothing predicts the first layer

@@ -29,6 +29,8 @@ def fate(*arguments: object, stdin: str | None = None) -> Result:
         ("trace --limit 0", "limit: have 0, need 1 or more"),
         ("bench rivals --time-limit 0.5", "time-limit: have 0.5, need 1 or more"),
         ("simulate x --token-ms 0", "token-ms: have 0, need 0.001 to 1000000"),
+        ("simulate x --read-us -1", "read-us: have -1, need 0 to 1000000"),
+        ("simulate x --experts-ms -1", "experts-ms: have -1, need 0 to 1000000"),
         ("calibrate --tokens many", "tokens: have many, need a whole number, 2048 to 16777216"),
         ("generate -n 2.5", "max-new-tokens: have 2.5, need a whole number"),
         ("generate --temperature warm", "temperature: have warm, need a number"),

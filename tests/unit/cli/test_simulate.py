@@ -73,6 +73,17 @@ def test_with_a_link_speed_is_predicted(trace: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "plot.png").stat().st_size > 1000
 
 
+def test_what_reads_take_from_computing_is_predicted(trace: Path) -> None:
+    asked = ("simulate", trace, "--cache", "lru", "--capacity", "50%", "--expert-bytes", "1MB",
+             "--link", "10GB", "--token-ms", "100", "--read-us", "5000", "--json")  # fmt: skip
+    data = json.loads(fate(*asked).stdout)
+    assert data["decode_tok_s"] == pytest.approx(7 / (7 * 0.1 + 6 * 0.005))
+    assert (data["read_s"], data["experts_s"]) == (0.005, None)
+    data = json.loads(fate(*asked, "--experts-ms", "0", "--link", "10MB").stdout)
+    assert data["decode_tok_s"] == pytest.approx(7 / (7 * 0.1 + 6 * (0.1 + 0.005)))
+    assert data["experts_s"] == 0
+
+
 def test_rows_as_json(trace: Path) -> None:
     result = fate("simulate", trace, "--cache", "lru,arc", "--predictor", "none,oracle", "--json")
     rows = json.loads(result.stdout)["rows"]
@@ -93,6 +104,12 @@ def test_rows_as_json(trace: Path) -> None:
         (["--link", "1GB"], "--link and --token-ms go together"),
         (["--token-ms", "5"], "--link and --token-ms go together"),
         (["--link", "10%", "--token-ms", "5"], "link: '10%': need bytes per second"),
+        (["--read-us", "70"], "read-us: it tells no speed without --link and --token-ms"),
+        (["--experts-ms", "7"], "experts-ms: it tells no speed without --link"),
+        (
+            ["--link", "1GB", "--token-ms", "5", "--experts-ms", "6"],
+            "experts-ms: have 6, need at most the 5 of --token-ms",
+        ),
         (["--expert-bytes", "50%"], "expert-bytes: '50%': need a size"),
     ],
 )

@@ -1,5 +1,7 @@
 """How many guesses does computing hide, and how sure must one beyond them be?"""
 
+import time
+
 import pytest
 
 from fate_moe.prefetch.benefit import Benefit
@@ -45,6 +47,24 @@ def test_before_anything_is_known_the_spare_slots_are_the_window(
     made = turns(None, compute_s, rate)
     assert made.window(10_000, 9) == 9
     assert made.least_chance(10_000) > 1
+
+
+def test_a_lease_books_its_time_and_what_it_waited_by_phase() -> None:
+    telemetry = Telemetry(4)
+    made = Turns(None, LinkMeter(), telemetry, Benefit(1))
+    made.end_lease()  # none was open
+    for phase, waited_s in ((Phase.DECODE, 0.25), (Phase.PREFILL, 0.5), (Phase.DECODE, 0.125)):
+        made.begin(0, phase)
+        telemetry.stall_s += waited_s
+        time.sleep(0.01)
+        made.end_lease()
+    found = telemetry.leases
+    assert (found[Phase.DECODE].stall_s, found[Phase.PREFILL].stall_s) == (0.375, 0.5)
+    assert found[Phase.DECODE].lease_s >= 0.02
+    assert found[Phase.PREFILL].lease_s >= 0.01
+    made.begin(1, Phase.DECODE)
+    telemetry.reset()
+    assert telemetry.leases[Phase.DECODE].lease_s == 0
 
 
 def test_a_chunk_of_a_prompt_is_measured_by_itself() -> None:

@@ -134,6 +134,48 @@ def test_guessing_takes_time_of_its_own() -> None:
     assert timed.seconds == pytest.approx(0.5 + 0.1)  # one of two layers is guessed
 
 
+def test_each_read_takes_from_computing_also_where_nothing_waits() -> None:
+    steps = [Step([Choice(0, [0, 1])]), Step([Choice(0, [1, 2])]), Step([Choice(0, [1, 2])])]
+    fast = Link(1000 * MB, token_s=0.6, read_s=0.1)
+    timed = run(steps, fast, capacities=(4,))
+    assert timed.seconds == pytest.approx(3 * 0.6 + 3 * 0.1)  # two reads, one, none
+    assert timed.stall_s == pytest.approx(0)
+    # On a slow link it hides behind no waiting.
+    timed = run(steps[:1], Link(MB, token_s=0.6, read_s=0.1), capacities=(4,))
+    assert timed.seconds == pytest.approx(2.0 + 0.2 + 2 * 0.1)
+    assert timed.stall_s == pytest.approx(2.2 - 0.6)
+
+
+def test_a_guessed_read_takes_from_computing_where_it_begins() -> None:
+    steps = [Step([Choice(0, [0]), Choice(1, [7])], guessed(1, 2, 3, 7))]
+    # 50 reads a second; 0.25 s of computing, and 0.1 for each read: all four begin.
+    link = Link(50 * MB, token_s=0.5, read_s=0.1)
+    timed = run(steps, link, capacities=(8, 1), predictor="cross_layer")
+    assert timed.found.guesses == 4
+    assert timed.seconds == pytest.approx(2 * 0.25 + 4 * 0.1)
+    # Two guesses fit into the window; the miss of layer 1 is the third read.
+    timed = run(
+        steps, Link(8 * MB, token_s=0.5, read_s=1e-3), capacities=(8, 1), predictor="cross_layer"
+    )
+    assert timed.found.guesses == 2
+    assert timed.seconds == pytest.approx(0.5 + 3e-3)
+
+
+def test_only_experts_are_computed_while_a_layers_own_reads_come_in() -> None:
+    steps = [Step([Choice(0, [0, 1])])]
+    whole = run(steps, Link(4 * MB, token_s=0.9), capacities=(4,))
+    assert whole.seconds == pytest.approx(0.9)  # two reads of 0.25 s, then a third: 0.8 < 0.9
+    assert whole.stall_s == 0
+    part = run(steps, Link(4 * MB, token_s=0.9, experts_s=0.3), capacities=(4,))
+    assert part.seconds == pytest.approx(0.5 + 0.1 + 0.6)
+    assert part.stall_s == pytest.approx(0.3)
+    # What comes after the experts still hides guesses for the next layer.
+    steps = [Step([Choice(0, [0]), Choice(1, [5])], guessed(5))]
+    link = Link(4 * MB, token_s=0.6, experts_s=0.0)
+    timed = run(steps, link, capacities=(8, 1), predictor="cross_layer")
+    assert (timed.seconds, timed.found.counts[Phase.DECODE][1].hits) == (pytest.approx(0.6), 1)
+
+
 def test_prompts_fill_the_cache_and_take_no_time() -> None:
     steps = [Step([Choice(0, [3, 4], 5, [4, 2])]), Step([Choice(0, [3, 4])])]
     timed = run(steps, Link(MB, token_s=0.5), capacities=(2,))
