@@ -3,7 +3,7 @@
     python scripts/measure_prediction.py --experts 25%,12.5%,50% --link 200MB,1GB,none --out DIR
 
 In every cell (a budget and a link) the policies resident, demand and tuned answer the same prompts
-in turns. Resident tells what a token and its experts take; guessing with everything resident, what
+in turns. Resident, layer by layer as the others, tells what a token and its experts take; guessing with everything resident, what
 guesses take; `demand` in the first cell, what a read takes from computing (docs/traces.md). All
 other cells are predicted with that. `tuned` stops guessing where that is quicker: so does its
 prediction. Leave the machine alone meanwhile, and set OMP_WAIT_POLICY=PASSIVE; `stolen` says how
@@ -39,7 +39,7 @@ from fate_moe.models.kv_cache import new_cache
 from fate_moe.sim.guesses import make_guesser
 from fate_moe.sim.timeline import Link, time_decode
 from fate_moe.sim.trace import Trace
-from fate_moe.types import Phase, no_progress
+from fate_moe.types import Choice, Phase, Prediction, no_progress
 
 PROMPTS = (
     "Explain why the sky is blue and the sunset is red, to a child who asks about everything.",
@@ -49,6 +49,19 @@ PROMPTS = (
 )
 FORM = Form((), (), (), 1, prompt_tokens=32, new_tokens=64, warm_ups=1)
 ALWAYS = "tuned+window=99"  # with a window there is no choice: guesses are always made
+
+
+class Nobody:
+    """An observer: where there is one, layers are computed one by one (`models/fused_run.py`)."""
+
+    def asked(self, layer: int, gate_input: Tensor, guess: Prediction | None) -> None:
+        """Look at nothing."""
+
+    def sharpened(self, guess: Prediction) -> None:
+        """Look at nothing."""
+
+    def chose(self, choice: Choice) -> None:
+        """Look at nothing."""
 
 
 @dataclass(frozen=True)
@@ -188,6 +201,8 @@ def main() -> None:
         open_engine(store, "resident", None, None),
         open_engine(store, ALWAYS, "100%", None),
     )
+    for layer in resident.layers:
+        layer.observer = Nobody()
     took = measure({"resident": resident, ALWAYS: always}, requests)
     always.close()
     guess_s = max(0.0, took[ALWAYS].token_s - took["resident"].token_s)

@@ -1,35 +1,38 @@
 """Which policy is how fast on the same prompts, over budgets and links?
 
-Everything runs in turns: every round runs each cell once with each policy, one after the other, so
-that what else the machine does falls on all. A cell is a budget and a link. Prompts are answered
-greedily, so every policy computes the same tokens; the first ones warm the engine up, as in a
-server that has been running for a while. Beside them a bound: what nobody can be faster than.
+Prompts are answered in turns: in a cell, which is a budget and a link, the engines of all policies
+are open at once; each reads the prompt, one after the other, and then each writes a few tokens, so
+that what else the machine does in those seconds falls on all and cancels in a prompt's ratio of two
+policies. Where memory has no room for all, each answers all prompts alone. Answers are greedy, so
+every policy computes the same tokens; the first prompts warm the engines up, as in a server that
+has been running for a while. Beside them a bound: what nobody can be faster than.
 """
 
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fate_moe.bench.answers import Spent, answer, answer_in_turns
 from fate_moe.bench.throttle import ThrottledReader
 from fate_moe.cache import make_cache
 from fate_moe.cache.allocation import Regions, make_regions
 from fate_moe.cache.belady import Belady
-from fate_moe.config import PRESETS, make_config, parse_size
+from fate_moe.config import PRESETS, Config, format_bytes, make_config, parse_size
 from fate_moe.engine.build import build
-from fate_moe.engine.demands import chunk_sizes
 from fate_moe.engine.handle import Engine
+from fate_moe.engine.plan import draw
 from fate_moe.engine.record import Recorder
 from fate_moe.errors import ConfigError
-from fate_moe.models.kv_cache import new_cache
 from fate_moe.models.load import load_tokenizer
 from fate_moe.predict import Known, make_predictor
 from fate_moe.sim.guesses import make_guesser
@@ -40,7 +43,6 @@ from fate_moe.types import Phase, Progress
 
 BOUND = "bound"
 _COMPUTED = 0
-
 
 ABLATION = (
     "demand", "tuned", "tuned+predictor=cross_layer", "tuned+cache=arc", "tuned+allocation=even",
@@ -123,9 +125,12 @@ class Row:
 
     Attributes:
         round: from 1; 0 for the bound, which is computed.
+        decode_tok_s: over all prompts that count.
         bytes_token: moved for each token written.
         bytes_prompt: moved for each token read.
         stall_share: of the time that computing waited for bytes, of the whole run.
+        decode_each: tokens per second of each prompt that counts; empty for the bound.
+        in_turns: whether each prompt was answered by all policies before the next one was.
     """
 
     round: int
@@ -141,15 +146,17 @@ class Row:
     stall_share: float | None
     guessing: str = ""
     bytes_prompt: float | None = None
+    decode_each: tuple[float, ...] = ()
+    in_turns: bool = False
 
 
-class _Spent(NamedTuple):
-    """What one request took."""
+class _Run(NamedTuple):
+    """One round of one cell, with the policies that are open at once."""
 
-    read_s: float
-    write_s: float
-    read_bytes: int
-    write_bytes: int
+    number: int
+    budget: float
+    link: float | None
+    names: tuple[str, ...]
 
 
 def run_policies(
@@ -159,12 +166,14 @@ def run_policies(
     out: IO[str],
     on_row: Callable[[Row], None],
     progress: Progress,
+    note: Callable[[str], None] = lambda line: None,
 ) -> list[Row]:
     """Measure everything, round by round; the bound first.
 
     Args:
         requests: prompts, token ids [1, T] each; see `requests_of`.
         out: receives a line for each row.
+        note: told, a line for each budget, where policies cannot be open at once.
     Raises:
         ConfigError: too few prompts; FateError: as `build`.
     """
@@ -180,46 +189,88 @@ def run_policies(
         out.flush()
         on_row(row)
 
-    total = 1 + form.rounds * len(form.budgets) * len(form.links) * len(form.policies)
+    total = form.rounds * len(form.budgets) * len(form.links) * len(form.policies) * len(requests)
+    done = count(1)
     progress("measuring policies", 0, total)
     for row in _bounds(store, requests, form):
         take(row)
-    done = 1
+
+    def answered() -> None:
+        progress("measuring policies", next(done), total)
+
+    groups = {budget: _groups(store, form, budget, note) for budget in form.budgets}
     for number in range(form.rounds):
         for budget in form.budgets:
             for link in form.links:
-                for policy in form.policies:
-                    progress("measuring policies", done, total)
-                    take(_measure(store, requests, form, policy, budget, link, number + 1))
-                    done += 1
-    progress("measuring policies", total, total)
+                for names in groups[budget]:
+                    run = _Run(number + 1, budget, link, names)
+                    for row in _measure(store, requests, form, run, answered):
+                        take(row)
     return rows
 
 
-def requests_of(store: Path, prompts: Sequence[str], form: Form) -> list[Tensor]:
-    """Return the token ids of texts, each cut, or repeated, to the form's prompt length.
+def requests_of(
+    store: Path, prompts: Sequence[str], form: Form, most: int | None = None
+) -> list[Tensor]:
+    """Return the token ids of texts, each cut, or joined with others, to the form's prompt length.
 
+    Of n requests the first is made of texts 1, n + 1, 2 n + 1 and so on, so that none holds what
+    another does while there are enough; after the last text the first ones come again.
+
+    Args:
+        most: requests; None: as many as texts, each joined with itself.
     Raises:
         ConfigError: one of them is empty.
     """
     tokenizer: Any = load_tokenizer(store)
+    step = min(most or len(prompts), len(prompts))
     requests = []
-    for text in prompts:
-        ids = tokenizer(text)["input_ids"]
+    for first in range(step):
+        ids: list[int] = tokenizer(prompts[first])["input_ids"]
+        place = first
+        while ids and len(ids) < form.prompt_tokens:
+            place = (place + step) % len(prompts)
+            ids = ids + tokenizer("\n\n" + prompts[place], add_special_tokens=False)["input_ids"]
         if not ids:
             raise ConfigError("prompts: one of them is empty")
-        whole = ids * -(-form.prompt_tokens // len(ids))
-        requests.append(torch.tensor([whole[: form.prompt_tokens]]))
+        requests.append(torch.tensor([ids[: form.prompt_tokens]]))
     return requests
 
 
-def _open(store: Path, form: Form, policy: str, budget: float | None, link: float | None) -> Engine:
+def _groups(
+    store: Path, form: Form, budget: float, note: Callable[[str], None]
+) -> list[tuple[str, ...]]:
+    """Say which policies are open at once: all, or each alone where their plans do not fit."""
+    drawn = [draw(store, _config(form, policy, budget)) for policy in form.policies]
+    for what, plans in (
+        ("ram", [one.host or one.memory for one in drawn]),
+        ("vram", [one.memory for one in drawn if one.card]),
+    ):
+        # Of the process itself there is one, whoever is open in it.
+        own = min((plan.demands.base_bytes for plan in plans), default=0)
+        need = own + sum(plan.planned_bytes - plan.demands.base_bytes for plan in plans)
+        have = min((plan.budget_bytes for plan in plans), default=0)
+        if need > have and len(plans) > 1:
+            note(
+                f"{what}: {len(plans)} policies with {100 * budget:g} % of the experts need "
+                f"{format_bytes(need)} at once, have {format_bytes(have)}: each answers all "
+                "prompts alone, so drift of the machine is in their ratios"
+            )
+            return [(policy,) for policy in form.policies]
+    return [form.policies]
+
+
+def _config(form: Form, policy: str, budget: float | None) -> Config:
     name, changes = (policy, {}) if policy == "resident" else parse_policy(policy)
     context = form.prompt_tokens + form.new_tokens + 8
     settings = {"context_tokens": context, **dict(form.settings), **changes}
     if budget is not None:
         settings["experts"] = f"{100 * budget:g}%"
-    config = make_config(name, **settings)
+    return make_config(name, **settings)
+
+
+def _open(store: Path, form: Form, policy: str, budget: float | None, link: float | None) -> Engine:
+    config = _config(form, policy, budget)
     if link is None:
         return build(store, config)
     return build(store, config, slowed=partial(ThrottledReader, bytes_s=link))
@@ -229,28 +280,39 @@ def _measure(
     store: Path,
     requests: Sequence[Tensor],
     form: Form,
-    policy: str,
-    budget: float,
-    link: float | None,
-    number: int,
-) -> Row:
-    engine = _open(store, form, policy, budget, link)
-    try:
-        for request in requests[: form.warm_ups]:
-            _answer(engine, request, form.new_tokens)
-        engine.mover.reset()
-        spent = [_answer(engine, one, form.new_tokens) for one in requests[form.warm_ups :]]
-        report = engine.report()
-        counts = engine.mover.telemetry.total(Phase.DECODE)
-    finally:
-        engine.close()
-    whole = _Spent(*(sum(part) for part in zip(*spent, strict=True)))
+    run: _Run,
+    answered: Callable[[], None],
+) -> list[Row]:
+    """Answer each prompt with every policy, in turns; who begins changes by prompt."""
+    engines: dict[str, Engine] = {}
+    spent: dict[str, list[Spent]] = {name: [] for name in run.names}
+    with ExitStack() as opened:
+        for name in run.names:
+            engines[name] = _open(store, form, name, run.budget, run.link)
+            opened.callback(engines[name].close)
+        for place, request in enumerate(requests):
+            if place == form.warm_ups:
+                for engine in engines.values():
+                    engine.reset()
+            first = (run.number - 1 + place) % len(run.names)
+            order = (*run.names[first:], *run.names[:first])
+            took = answer_in_turns([engines[name] for name in order], request, form.new_tokens)
+            for name, one in zip(order, took, strict=True):
+                spent[name].append(one)
+                answered()
+        counted = slice(form.warm_ups, None)
+        return [_row(engines[name], name, spent[name][counted], form, run) for name in run.names]
+
+
+def _row(engine: Engine, policy: str, spent: Sequence[Spent], form: Form, run: _Run) -> Row:
+    whole = Spent.of(spent)
     tokens, prompt_tokens = len(spent) * form.new_tokens, len(spent) * form.prompt_tokens
+    report, counts = engine.report(), engine.mover.telemetry.total(Phase.DECODE)
     return Row(
-        round=number,
+        round=run.number,
         policy=policy,
-        budget=budget,
-        link_bytes_s=link,
+        budget=run.budget,
+        link_bytes_s=run.link,
         prefill_tok_s=prompt_tokens / whole.read_s,
         decode_tok_s=tokens / whole.write_s,
         hit_rate=counts.hit_rate,
@@ -260,28 +322,9 @@ def _measure(
         stall_share=report.stall_s / (whole.read_s + whole.write_s),
         guessing=report.guessing,
         bytes_prompt=whole.read_bytes / prompt_tokens,
+        decode_each=tuple(form.new_tokens / one.write_s for one in spent),
+        in_turns=run.names == form.policies,
     )
-
-
-@torch.no_grad()
-def _answer(engine: Engine, ids: Tensor, new_tokens: int) -> _Spent:
-    """Read a prompt and write greedily."""
-    model: Any = engine.model
-    cache, moved = new_cache(model), engine.mover.telemetry
-    began_s, began = time.perf_counter(), moved.bytes_demand + moved.bytes_speculated
-    ids = ids.to(engine.blueprint.device)
-    for piece in torch.split(ids, chunk_sizes(ids.shape[1], engine.chunk_tokens), dim=1):
-        logits = model(
-            input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=1
-        ).logits
-    logits.flatten()[:1].tolist()  # a GPU is done, too
-    read_s, read = time.perf_counter(), moved.bytes_demand + moved.bytes_speculated
-    for _ in range(new_tokens):
-        token = logits[:, -1:].argmax(dim=-1)
-        logits = model(input_ids=token, past_key_values=cache, use_cache=True).logits
-    logits.flatten()[:1].tolist()
-    end_s, end = time.perf_counter(), moved.bytes_demand + moved.bytes_speculated
-    return _Spent(read_s - began_s, end_s - read_s, read - began, end - read)
 
 
 def _bounds(store: Path, requests: Sequence[Tensor], form: Form) -> Iterator[Row]:
@@ -293,10 +336,10 @@ def _bounds(store: Path, requests: Sequence[Tensor], form: Form) -> Iterator[Row
     try:
         with Recorder(engine) as recorder:
             for request in requests:
-                _answer(engine, request, form.new_tokens)
+                answer(engine, request, form.new_tokens)
         trace = recorder.trace
         counted = requests[form.warm_ups :]
-        decode_s = sum(_answer(engine, one, form.new_tokens).write_s for one in counted)
+        decode_s = sum(answer(engine, one, form.new_tokens).write_s for one in counted)
     finally:
         engine.close()
     token_s = decode_s / (len(counted) * form.new_tokens)

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 
 from fate_moe.bench.policies import BOUND, Row
 from fate_moe.errors import ConfigError, reason
 
 LEAST = (
-    "MiB a prompt token", "range", "late", "prefill tok/s", "recall", "stall", "MiB a token",
-    "of the bound", "hit",
+    "MiB a prompt token", "late", "prefill tok/s", "recall", "stall", "MiB a token",
+    "quartiles", "of the bound", "hit",
 )  # fmt: skip
 """Columns that a narrow screen can do without, the first of these first."""
 
 _HEAD = (
-    "link", "experts", "policy", "decode tok/s", "range", "prefill tok/s", "hit", "late", "recall",
-    "MiB a token", "MiB a prompt token", "stall", "against demand", "of the bound",
+    "link", "experts", "policy", "decode tok/s", "prefill tok/s", "hit", "late", "recall",
+    "MiB a token", "MiB a prompt token", "stall", "against demand", "quartiles", "of the bound",
 )  # fmt: skip
 _BOUND_COLOUR = "#222222"
 Cell = tuple[float | None, float]  # link, budget
@@ -32,31 +32,56 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def table(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Return a head and the medians over the rounds, a policy a line, by link and budget."""
+    """Return a head and the medians, a policy a line, by link and budget.
+
+    Of speeds in decode the median is over the prompts of all rounds, and so it is of what a prompt
+    was to `demand`: its own speed on the same prompt in the same round. Of all else: over rounds.
+    """
     lines = []
     for link, budget in _cells(rows):
         own = {name: [r for r in rows if _is(r, name, link, budget)] for name in _policies(rows)}
-        demand = _median(own.get("demand", ()), lambda row: row.decode_tok_s)
         bound = _median(own.get(BOUND, ()), lambda row: row.decode_tok_s)
         for name, ones in own.items():
             if ones:
-                lines.append(_line(name, ones, demand, bound))
+                lines.append(_line(name, ones, ratios(ones, own.get("demand", ())), bound))
     return _HEAD, lines
 
 
+def ratios(ones: Sequence[Row], others: Sequence[Row]) -> list[float]:
+    """Return how much faster a policy decoded each prompt than another one did in the same round.
+
+    Args:
+        ones, others: the rows of two policies in one cell; without a common round there is none.
+    """
+    rates = {row.round: _each(row) for row in others}
+    return [
+        rate / other
+        for row in ones
+        if row.round in rates
+        for rate, other in zip(_each(row), rates[row.round], strict=True)
+    ]
+
+
+def _each(row: Row) -> tuple[float, ...]:
+    return row.decode_each or (row.decode_tok_s,)
+
+
+def _rate(ones: Sequence[Row]) -> float:
+    return median(rate for row in ones for rate in _each(row))
+
+
 def _line(
-    name: str, ones: Sequence[Row], demand: float | None, bound: float | None
+    name: str, ones: Sequence[Row], against: Sequence[float], bound: float | None
 ) -> tuple[str, ...]:
-    rate = median(row.decode_tok_s for row in ones)
-    low, high = min(row.decode_tok_s for row in ones), max(row.decode_tok_s for row in ones)
+    rate = _rate(ones)
     prefill = _median(ones, lambda row: row.prefill_tok_s)
     prompt = _median(ones, lambda row: row.bytes_prompt)
+    low, _, high = quantiles(against, method="inclusive") if len(against) > 1 else (0.0, 0.0, 0.0)
     return (
         link_text(ones[0].link_bytes_s),
         f"{100 * ones[0].budget:g} %",
         name,
         f"{rate:.2f}",
-        f"{low:.2f} to {high:.2f}" if len(ones) > 1 else "-",
         "-" if prefill is None else f"{prefill:.1f}",
         *(
             _percent(_median(ones, one))
@@ -69,7 +94,8 @@ def _line(
         f"{median(row.bytes_token for row in ones) / 2**20:.2f}",
         "-" if prompt is None else f"{prompt / 2**20:.2f}",
         _percent(_median(ones, lambda row: row.stall_share)),
-        "-" if not demand else f"{rate / demand:.2f}x",
+        f"{median(against):.2f}x" if against else "-",
+        f"{low:.2f} to {high:.2f}" if len(against) > 1 else "-",
         "-" if not bound else f"{100 * rate / bound:.0f} %",
     )
 
@@ -89,7 +115,7 @@ def plot(rows: Sequence[Row], path: Path, title: str) -> None:
         for name in _policies(rows):
             budgets = [b for one, b in _cells(rows) if one == link]
             found = [(b, [r for r in rows if _is(r, name, link, b)]) for b in budgets]
-            at = [(100 * b, median(r.decode_tok_s for r in ones)) for b, ones in found if ones]
+            at = [(100 * b, _rate(ones)) for b, ones in found if ones]
             if at:
                 style = {"color": _BOUND_COLOUR, "linestyle": "--"} if name == BOUND else {}
                 axis.plot(*zip(*at, strict=True), marker="o", markersize=3.5, label=name, **style)

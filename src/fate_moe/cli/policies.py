@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,13 +20,14 @@ from fate_moe.cli.terminal import (
     show_table,
     tell,
 )
-from fate_moe.cli.trace import PromptFile, read_prompts
+from fate_moe.cli.trace import read_prompts
 from fate_moe.config import parse_size
 from fate_moe.errors import ConfigError
 
 if TYPE_CHECKING:
     from fate_moe.bench.policies import Form, Row
 
+_OWN = "chat"
 _OWN_PROMPTS = (
     "Explain why the sky is blue and the sunset is red, to a child who asks about everything.",
     "A farmer has 17 sheep. All but nine run away, and then he buys twice as many as he has left. "
@@ -62,7 +64,7 @@ Rounds = Annotated[
 PromptTokens = Annotated[
     int,
     typer.Option("--prompt", metavar="N", min=2, max=32768, rich_help_panel=WHAT,
-                 help="Tokens to read of each prompt, which is cut or repeated."),
+                 help="Tokens to read of each prompt, which is cut, or joined with others."),
 ]  # fmt: skip
 NewTokens = Annotated[
     int,
@@ -74,10 +76,22 @@ WarmUps = Annotated[
     typer.Option(metavar="N", min=0, max=1000, rich_help_panel=WHAT,
                  help="First prompts that do not count."),
 ]  # fmt: skip
+PromptFiles = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--prompts", metavar="FILE", rich_help_panel=WHAT,
+        help="A prompt a line: plain text, or JSON objects with a field prompt, question, query or "
+        "context; chat: a few of Fate's own, the default. May be given several times: the first "
+        "of each, the second of each, and so on.",
+    ),
+]  # fmt: skip
 Limit = Annotated[
     int | None,
-    typer.Option("--limit", metavar="N", min=1, help="Only the first N prompts of the file."),
-]
+    typer.Option(
+        "--limit", metavar="N", min=1, rich_help_panel=WHAT,
+        help="Only N prompts of each file; those that are too short go on with its other ones.",
+    ),
+]  # fmt: skip
 Out = Annotated[
     Path,
     typer.Option(
@@ -93,7 +107,7 @@ def policies(
     names: PolicyList = "demand,path,fate,tuned",
     budgets: Budgets = "25%,50%,75%",
     links: Links = "none",
-    prompts: PromptFile = None,
+    prompts: PromptFiles = None,
     limit: Limit = None,
     prompt_tokens: PromptTokens = 128,
     new_tokens: NewTokens = 64,
@@ -109,14 +123,16 @@ def policies(
 ) -> None:
     """Measure policies against each other on the same prompts, in turns.
 
-    Beside them a bound, for links with a rate: everything resident, or the fewest bytes that any
-    cache and any prediction need, over the link. Leave the machine alone meanwhile.
+    Each prompt is answered by all policies before the next one is, so their ratio on it hardly
+    depends on what else the machine does; shown is the median of these. Beside them a bound, for
+    links with a rate: everything resident, or the fewest bytes that any cache and any prediction
+    need, over the link. Leave the machine alone meanwhile.
 
     Examples:
 
         fate bench policies --link none,200MB
 
-        fate bench policies --prompts gsm8k.jsonl --limit 6 --prompt 256 --tokens 256
+        fate bench policies --prompts gsm8k.jsonl --prompts chat --limit 3 --prompt 256
 
         fate bench policies --policies ablation --link 200MB --experts 50%
 
@@ -124,16 +140,21 @@ def policies(
     """
     form = _form(names, budgets, links, rounds, prompt_tokens, new_tokens, warm_ups)
     form = _with(form, threads=threads, compute=compute, vram=vram, ram=ram)
-    texts = read_prompts(prompts, limit) if prompts else list(_OWN_PROMPTS)
+    files = [_texts(name) for name in prompts or [_OWN]]
     with TerminalProgress() as progress, open_out(out) as lines:
         from fate_moe.bench.policies import requests_of, run_policies
         from fate_moe.engine.prepare import find_store
 
         store = find_store(model, cache_dir=cache_dir or default_cache_dir(), progress=progress)
-        requests = requests_of(store, texts, form)
-        rows = run_policies(store, requests, form, lines, _tell, progress)
+        sets = [requests_of(store, texts, form, limit) for texts in files]
+        requests = [one for ones in zip_longest(*sets) for one in ones if one is not None]
+        rows = run_policies(store, requests, form, lines, _tell, progress, note=tell)
     _show(rows, out, f"{store.name}: {form.prompt_tokens} tokens read, {new_tokens} written",
           json_out)  # fmt: skip
+
+
+def _texts(name: str) -> list[str]:
+    return list(_OWN_PROMPTS) if name == _OWN else read_prompts(Path(name), None)
 
 
 def _form(

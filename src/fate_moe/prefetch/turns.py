@@ -56,8 +56,9 @@ class Turns:
         self._now = _Turn(layer, phase, now, stalled)
 
     def end_lease(self) -> None:
-        """Book how long the turn's lease was open, and what of it was spent waiting."""
-        if self._now is not None:
+        """Book how long the turn's lease was open, once, and what of it was spent waiting."""
+        if self._now is not None and self._now.is_leased:
+            self._now.is_leased = False
             booked = self._telemetry.leases[self._now.phase]
             booked.lease_s += time.perf_counter() - self._now.began_s
             booked.stall_s += self._telemetry.stall_s - self._now.stalled_s
@@ -96,3 +97,4 @@ class _Turn:
     phase: Phase
     began_s: float
     stalled_s: float
+    is_leased: bool = True

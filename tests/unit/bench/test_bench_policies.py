@@ -4,12 +4,16 @@ import io
 import json
 import threading
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 from typer.testing import CliRunner, Result
 
 from fate_moe import native
+from fate_moe.bench import answers, policies
 from fate_moe.bench.policies import (
     ABLATION,
     BOUND,
@@ -19,11 +23,14 @@ from fate_moe.bench.policies import (
     requests_of,
     run_policies,
 )
-from fate_moe.bench.policies_present import link_text, markdown, plot
+from fate_moe.bench.policies_present import link_text, markdown, plot, ratios
 from fate_moe.bench.throttle import ThrottledReader
 from fate_moe.cli import app
-from fate_moe.cli import policies as _policies  # noqa: F401 - registers the command
+from fate_moe.cli import policies as _policies
+from fate_moe.engine.handle import Engine
+from fate_moe.engine.plan import Blueprint, draw
 from fate_moe.errors import ConfigError
+from fate_moe.models.load import load_tokenizer
 from fate_moe.store.background import Landed
 from fate_moe.store.format import read_manifest
 from fate_moe.store.reader import TOGETHER_BYTES, FileReader, Request
@@ -167,6 +174,141 @@ def test_a_table_and_a_plot(rows: list[Row], tmp_path: Path) -> None:
     assert link_text(None) == "as it is"
 
 
+class Watch:
+    """Who is open, and who answers which prompt, while policies are measured."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.turns: list[tuple[str, int, int]] = []  # policy, first token, policies open
+        self._open: list[Engine] = []
+        opened, answered, closed = policies._open, answers._parts, Engine.close
+
+        def parts(engine: Engine, ids: Tensor, new_tokens: int) -> Iterator[answers.Spent]:
+            for part in answered(engine, ids, new_tokens):
+                if (name := engine.blueprint.config.policy) != "resident":
+                    self.turns.append((name, int(ids[0, 0]), len(self._open)))
+                yield part
+
+        def open_one(*arguments: object) -> Engine:
+            engine = opened(*arguments)  # type: ignore[arg-type]
+            self._open.append(engine)
+            return engine
+
+        def close(engine: Engine) -> None:
+            self._open.remove(engine)
+            closed(engine)
+
+        monkeypatch.setattr(answers, "_parts", parts)
+        monkeypatch.setattr(policies, "_open", open_one)
+        monkeypatch.setattr(Engine, "close", close)
+
+    @property
+    def is_over(self) -> bool:
+        return not self._open
+
+
+SHORT = replace(FORM, policies=("demand", "fate", "tuned"), links=(None,), rounds=2, new_tokens=10)
+PARTS = 3  # the prompt, eight tokens, and two
+
+
+def test_each_prompt_is_answered_by_all_in_turns(
+    tiny_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch, notes = Watch(monkeypatch), list[str]()
+    requests = requests_of(tiny_store, ["abc", "hello there", "x"], SHORT)
+    rows = run_policies(
+        tiny_store, requests, SHORT, io.StringIO(), lambda row: None, no_progress, notes.append
+    )
+    first = [int(one[0, 0]) for one in requests]
+    orders = [("demand", "fate", "tuned"), ("fate", "tuned", "demand"), ("tuned", "demand", "fate")]
+    assert watch.turns == [
+        (name, first[place], 3)
+        for number in range(2)
+        for place in range(3)
+        for _ in range(PARTS)
+        for name in orders[(number + place) % 3]
+    ]
+    assert watch.is_over
+    assert notes == []
+    assert all(row.in_turns and len(row.decode_each) == 2 for row in rows)
+    for row in rows:
+        assert 2 / sum(1 / rate for rate in row.decode_each) == pytest.approx(row.decode_tok_s)
+
+
+def test_without_room_for_all_each_policy_is_alone_and_that_is_said(
+    tiny_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    form = replace(SHORT, rounds=1, settings=(("ram", "100GiB"),))
+    plans = [draw(tiny_store, policies._config(form, name, 0.5)).memory for name in form.policies]
+    # Room for one as planned now, and for what the process grows by as others come and go.
+    room = max(plan.planned_bytes for plan in plans) + 2 * 2**20
+    slots = sum(plan.planned_bytes - plan.demands.base_bytes for plan in plans[1:])
+    assert slots > 4 * 2**20
+    real = policies.draw
+    monkeypatch.setattr(policies, "draw", lambda store, config: _within(real(store, config), room))
+    watch, notes = Watch(monkeypatch), list[str]()
+    requests = requests_of(tiny_store, ["abc", "hello there", "x"], form)
+    rows = run_policies(
+        tiny_store, requests, form, io.StringIO(), lambda row: None, no_progress, notes.append
+    )
+    first = [int(one[0, 0]) for one in requests]
+    assert watch.turns == [
+        (name, token, 1) for name in form.policies for token in first for _ in range(PARTS)
+    ]
+    assert watch.is_over
+    assert len(notes) == 1
+    assert notes[0].startswith("ram: 3 policies with 50 % of the experts need ")
+    assert not any(row.in_turns for row in rows)
+
+
+def _within(blueprint: Blueprint, room: int) -> Blueprint:
+    return replace(blueprint, memory=replace(blueprint.memory, budget_bytes=room))
+
+
+def test_a_ratio_is_of_the_same_prompt_in_the_same_round() -> None:
+    def row(policy: str, number: int, *each: float) -> Row:
+        return Row(number, policy, 0.5, None, 100.0, sum(each) / len(each), 0.5, 0.0, None, 1e6,
+                   0.1, decode_each=each)  # fmt: skip
+
+    demand = [row("demand", 1, 10.0, 40.0), row("demand", 2, 20.0, 20.0)]
+    tuned = [row("tuned", 2, 20.0, 24.0), row("tuned", 1, 15.0, 44.0)]
+    assert ratios(tuned, demand) == pytest.approx([1.0, 1.2, 1.5, 1.1])
+    assert ratios(tuned, demand[:1]) == pytest.approx([1.5, 1.1])
+    assert ratios(tuned, []) == []
+    lines = markdown([*demand, *tuned]).splitlines()
+    assert lines[0].endswith("| against demand | quartiles | of the bound |")
+    assert lines[2].endswith("| 1.00x | 1.00 to 1.00 | - |")
+    assert lines[3].endswith("| 1.15x | 1.08 to 1.27 | - |")
+    assert "| tuned | 22.00 | 100.0 |" in lines[3]
+    alone = markdown(tuned[:1]).splitlines()[2]
+    assert alone.endswith("| - | - | - |")
+
+
+def test_prompts_are_cut_or_go_on_with_others_that_no_request_has_yet(tiny_store: Path) -> None:
+    tokenizer = load_tokenizer(tiny_store)
+    texts = ["abcde fgh", "hello there", "x y z", "one two"]
+
+    def ids(*parts: str) -> list[int]:
+        return [
+            token
+            for place, text in enumerate(parts)
+            for token in tokenizer(
+                "\n\n" * (place > 0) + text, add_special_tokens=place == 0
+            )["input_ids"]
+        ]  # fmt: skip
+
+    form = replace(FORM, prompt_tokens=len(ids(texts[1], texts[3])))
+    found = requests_of(tiny_store, texts, form, 2)
+    assert [one.shape[1] for one in found] == [form.prompt_tokens] * 2
+    wanted = ids(texts[0], texts[2], texts[0], texts[2])
+    assert found[0][0].tolist() == wanted[: form.prompt_tokens]
+    assert found[1][0].tolist() == ids(texts[1], texts[3])
+    cut = requests_of(tiny_store, texts, replace(form, prompt_tokens=2))
+    assert [one[0].tolist() for one in cut] == [ids(text)[:2] for text in texts]
+    assert len(requests_of(tiny_store, texts, form, 9)) == 4
+    with pytest.raises(ConfigError, match="one of them is empty"):
+        requests_of(tiny_store, ["abc", ""], form)
+
+
 def test_too_few_prompts_are_one_line(tiny_store: Path) -> None:
     requests = requests_of(tiny_store, ["abc"], FORM)
     with pytest.raises(ConfigError, match="prompts: 1, of which 1 warm up; need one more"):
@@ -207,6 +349,25 @@ def test_the_command(tiny_store: Path, tmp_path: Path) -> None:
     assert (out / "plot.png").stat().st_size > 1000
 
 
+def test_prompts_of_several_files_take_turns(
+    tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch = Watch(monkeypatch)
+    (tmp_path / "a").write_text("abc\nxyz\nnever\n", encoding="utf-8")
+    (tmp_path / "b").write_text('{"question": "hello"}\n', encoding="utf-8")
+    result = fate(
+        tiny_store, "--policies", "demand", "--experts", "50%", "--prompts", tmp_path / "a",
+        "--prompts", tmp_path / "b", "--prompts", "chat", "--limit", "2", "--prompt", "2",
+        "--tokens", "1", "--rounds", "1", "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    wanted = ["abc", "hello", _policies._OWN_PROMPTS[0], "xyz", _policies._OWN_PROMPTS[1]]
+    tokenizer = load_tokenizer(tiny_store)
+    assert [token for _, token, _ in watch.turns[::2]] == [
+        tokenizer(t)["input_ids"][0] for t in wanted
+    ]
+
+
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
@@ -219,6 +380,7 @@ def test_the_command(tiny_store: Path, tmp_path: Path) -> None:
         (["--experts", "2GiB"], "experts: '2GiB': need a share"),
         (["--link", "fast"], "link: cannot read 'fast'"),
         (["--link", "10%"], "link: '10%': need none, or bytes per second"),
+        (["--prompts", "absent.txt"], "prompts: absent.txt: cannot be read"),
         (["--link", "none,none"], "link: 'none,none': need different ones"),
     ],
 )

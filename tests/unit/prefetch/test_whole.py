@@ -37,6 +37,17 @@ def test_slots_are_those_of_the_experts(filled: Bench) -> None:
     assert [(c.requests, c.hits, c.misses) for c in counts] == [(2, 2, 0)] * 2
 
 
+def test_what_is_held_together_is_no_lease_of_the_layer_before(filled: Bench) -> None:
+    filled.use(0, [0])
+    leases = filled.mover.telemetry.leases[Phase.DECODE]
+    before = leases.lease_s
+    assert before > 0
+    whole = Whole(filled.mover, {0: COUNT, 1: COUNT})
+    assert whole.open()
+    whole.close(2)
+    assert leases.lease_s == before
+
+
 def test_nothing_is_counted_where_nothing_was_computed(filled: Bench) -> None:
     whole = Whole(filled.mover, {1: COUNT})
     assert whole.open()
