@@ -89,8 +89,9 @@ def build(
         if natively:
             _fuse(model, blueprint.context_tokens)
         _preload(blueprint, regions, mover, progress)
-        if natively and mover.benefit.levels == 1 and config.compute.int2 != "always":
-            _fuse_whole(model, sites, layers, regions, blueprint, mover)
+        plainly = mover.benefit.levels == 1 and config.compute.int2 != "always"
+        if natively and blueprint.holds_all and plainly:
+            _fuse_whole(model, sites, layers, mover)
     except BaseException:
         _stop(mover, reader)
         raise
@@ -163,24 +164,12 @@ def _fuse(model: Any, tokens: int) -> None:
     fuse(model, tokens)
 
 
-def _fuse_whole(
-    model: Any,
-    sites: list[MoESite],
-    layers: list[MoELayer],
-    regions: Regions,
-    blueprint: Blueprint,
-    mover: Mover,
-) -> None:
+def _fuse_whole(model: Any, sites: list[MoESite], layers: list[MoELayer], mover: Mover) -> None:
     from fate_moe.models.fused_run import fuse_runs
 
-    whole = {
-        site.experts: layer
-        for site, layer in zip(sites, layers, strict=True)
-        if regions.holds_whole(layer.layer, blueprint.experts)
-    }
-    if whole:
-        fuse_runs(model, whole, partial(Whole, mover))
-        mover.reset()  # the trial was no token of anybody's
+    by_experts = {site.experts: layer for site, layer in zip(sites, layers, strict=True)}
+    fuse_runs(model, by_experts, partial(Whole, mover))
+    mover.reset()  # the trial was no token of anybody's
 
 
 def _stop(mover: Mover, reader: RecordReader) -> None:

@@ -2,20 +2,25 @@
 
 A guess costs time of its own (asking, reading what is not needed) and saves waiting. Which is more
 depends on the disk, on the size of the experts and on what is resident, so it is measured: decode
-steps run in blocks, most at the level that was quickest so far, now and then some at another one. A
-level is how much is guessed: 0 nothing, 1 once per layer, 2 a second time just before the layer.
+steps run in short blocks, most at the level that is quickest, now and then one at another. A level
+is how much is guessed: 0 nothing, 1 once per layer, 2 a second time just before the layer.
+
+Machines change from one second to the next by more than guessing gains. So times of different
+minutes are never compared: a block at another level is, with the blocks right before and after it.
 Pure; callers hold the mover's lock.
 """
 
 from __future__ import annotations
 
+from collections import deque
+from math import exp, log
 from statistics import median
 
-TRIAL_STEPS = 4  # the first of them still lives on what was read before: it does not count
-FIRST_LONG_STEPS = 24  # twice as many each time, while the cache still fills and guesses learn
-LONG_STEPS = 96
-NEWEST = 0.75  # what the newest block weighs: guesses learn, caches fill, machines change
-CLOSE = 1.005  # a level that takes this much longer than the quickest, but guesses less, is taken
+BLOCK_STEPS = 4  # the first of them still lives on what was read before: it does not count
+FIRST_PAUSE = 6  # blocks between trials, twice as many each time that nothing else is quicker
+LONGEST_PAUSE = 24
+REMEMBERED = 7  # trials of a level; their median counts: guesses learn, caches fill, texts change
+CLOSE = 1.01  # a level that takes this much longer than the quickest, but guesses less, is taken
 _NAMES = ("without", "with early guesses", "with early and late guesses")
 _TOO_CLOSE = ": too close to be worth the bytes"
 
@@ -30,43 +35,40 @@ class Benefit:
             levels: how many there are; 1: nothing is ever guessed.
         """
         self.levels = levels
-        self._seconds: list[float | None] = [None] * levels
-        self._block: list[float] = []
-        # The cache fills while the first blocks run: the highest level is tried again at the end.
-        self._trials = [*reversed(range(levels)), levels - 1] if levels > 1 else []
-        self._next = 0
-        self._long_steps = FIRST_LONG_STEPS
-        self.level = 0
-        self._left = 0
-        self._go_on()
+        self._found = [deque[float](maxlen=REMEMBERED) for _ in range(levels)]
+        self._found[0].append(0.0)
+        self._steps: list[float] = []
+        self._blocks: deque[tuple[int, float]] = deque(maxlen=3)  # level, seconds of a step
+        # The cache fills while the first block runs; then every level is tried between others.
+        others = [level for top in range(levels - 1, 0, -1) for level in (top, 0)]
+        self._planned = deque([levels - 1, 0, *others])
+        self._pause, self._tried = FIRST_PAUSE, 0
+        self.level = self._planned.popleft()
 
     def end_step(self, seconds: float) -> None:
         """Take in how long a decode step took at the present level."""
-        if len(self._seconds) == 1:
+        if self.levels == 1:
             return
-        self._block.append(seconds)
-        self._left -= 1
-        if self._left:
+        self._steps.append(seconds)
+        if len(self._steps) < BLOCK_STEPS:
             return
-        found, before = median(self._block[1:]), self._seconds[self.level]
-        self._seconds[self.level] = (
-            found if before is None else NEWEST * found + (1 - NEWEST) * before
-        )
-        was_long = len(self._block) > TRIAL_STEPS
-        self._block = []
-        if was_long:
-            self._trials = [self._another()]
-        self._go_on()
+        self._blocks.append((self.level, median(self._steps[1:])))
+        self._steps = []
+        self._compare()
+        if not self._planned:
+            self._plan()
+        self.level = self._planned.popleft()
 
     def describe(self) -> str:
         """Say for people what was found."""
-        known = [(t, i) for i, t in enumerate(self._seconds) if t is not None]
-        if len(self._seconds) == 1:
+        if self.levels == 1:
             return "nothing is guessed"
         state = ("off", "on", "on, twice per layer")[self.level]
-        if len(known) < len(self._seconds):
+        if not all(self._found):
             return f"{state}; too few tokens to say whether it pays"
-        ranked = sorted(known)
+        last, last_s = self._blocks[-1]
+        seconds = [last_s * exp(self._log(i) - self._log(last)) for i in range(self.levels)]
+        ranked = sorted((t, i) for i, t in enumerate(seconds))
         times = ", ".join(f"{1e3 * t:.1f} ms {_NAMES[i]}" for t, i in ranked)
         # The present level need not be the first of these: say why.
         if self.level != self._quickest():
@@ -74,23 +76,34 @@ class Benefit:
         is_close = self.level != ranked[0][1]
         return f"{state}; a token takes {times}{_TOO_CLOSE if is_close else ''}"
 
-    def _go_on(self) -> None:
-        if self._trials:
-            self.level, self._left = self._trials.pop(0), TRIAL_STEPS
+    def _compare(self) -> None:
+        """Learn from the last three blocks if the middle one was at another level."""
+        if len(self._blocks) < 3:
+            return
+        (level, before_s), (tried, tried_s), (after, after_s) = self._blocks
+        if after != level or tried == level or min(before_s, tried_s, after_s) <= 0:
+            return
+        longer = log(tried_s) - (log(before_s) + log(after_s)) / 2
+        if tried == 0:  # all are known by what they take beside it
+            self._found[level].append(-longer)
         else:
-            self.level, self._left = self._quickest(), self._long_steps
-            self._long_steps = min(2 * self._long_steps, LONG_STEPS)
+            self._found[tried].append(self._log(level) + longer)
+        if longer < -log(CLOSE):  # a surprise
+            self._pause = FIRST_PAUSE
+
+    def _plan(self) -> None:
+        """Plan a pause at the quickest level and a trial of another, with a block after it."""
+        best = self._quickest()
+        others = [level for level in range(self.levels) if level != best]
+        self._tried += 1
+        self._planned.extend([*[best] * self._pause, others[self._tried % len(others)], best])
+        self._pause = min(2 * self._pause, LONGEST_PAUSE)
+
+    def _log(self, level: int) -> float:
+        """Return the logarithm of what a step takes, over what it takes at level 0."""
+        return median(self._found[level]) if self._found[level] else 0.0
 
     def _quickest(self) -> int:
-        known = [t for t in self._seconds if t is not None]
-        if not known:
-            return 0
-        most = CLOSE * min(known)
-        return next(i for i, t in enumerate(self._seconds) if t is not None and t <= most)
-
-    def _another(self) -> int:
-        levels = len(self._seconds)
-        self._next = (self._next + 1) % levels
-        if self._next == self.level:
-            self._next = (self._next + 1) % levels
-        return self._next
+        known = [level for level in range(self.levels) if self._found[level]]
+        most = min(self._log(level) for level in known) + log(CLOSE)
+        return next(level for level in known if self._log(level) <= most)

@@ -100,11 +100,10 @@ def test_loading_counts_nothing(model: Any) -> None:
 @pytest.mark.parametrize(
     ("policy", "experts"), [("demand", "50%"), ("tuned", "50%"), ("path", "90%")]
 )
-def test_layers_are_computed_one_by_one_where_experts_come_and_go_or_are_guessed(
+def test_layers_are_computed_one_by_one_where_experts_come_and_go(
     policy: str, experts: str, open_engine: Any, tiny_store: Path
 ) -> None:
-    settings = {"experts": experts, "allocation": "even"}
-    assert not run_layers(open_engine(tiny_store, policy=policy, **settings).model)
+    assert not run_layers(open_engine(tiny_store, policy=policy, experts=experts).model)
 
 
 def test_where_everything_is_in_memory_the_default_policy_guesses_nothing(
@@ -120,23 +119,16 @@ def test_where_everything_is_in_memory_the_default_policy_guesses_nothing(
     assert "not asked: every expert is in memory" in report.mode
 
 
+def test_experts_computed_from_two_bits_go_one_by_one(open_engine: Any, tiny_store: Path) -> None:
+    model = open_engine(tiny_store, policy="resident", int2="always").model
+    assert not run_layers(model)
+
+
 def test_a_window_asks_for_guesses_all_the_same(open_engine: Any, tiny_store: Path) -> None:
     model = open_engine(tiny_store, experts="100%", window=4).model
     assert not run_layers(model)
     answer(model)
     assert model.fate.report().recall
-
-
-def test_layers_that_are_kept_whole_are_a_run_of_their_own(
-    open_engine: Any, tiny_store: Path, computed: list[int]
-) -> None:
-    kept = {"experts": "60%", "allocation": "shallow", "shallow_layers": 3}
-    model = open_engine(tiny_store, policy="demand", **kept).model
-    want = one_by_one(model, lambda: answer(model))
-    computed.clear()
-    assert same(answer(model), want)
-    assert computed == [3] * (NEW - TOO_EARLY)
-    model.fate.mover.table.check()
 
 
 def test_a_run_goes_through_layers_without_experts(
