@@ -17,8 +17,8 @@ from math import exp, log
 from statistics import median
 
 BLOCK_STEPS = 4  # the first of them still lives on what was read before: it does not count
-FIRST_PAUSE = 6  # blocks between trials, twice as many each time that nothing else is quicker
-LONGEST_PAUSE = 24
+TRIALS_COST = 0.003  # of the time, most that is spent on trials of a level
+SHORTEST_PAUSE, LONGEST_PAUSE = 6, 100  # blocks between trials of a level
 REMEMBERED = 7  # trials of a level; their median counts: guesses learn, caches fill, texts change
 CLOSE = 1.01  # a level that takes this much longer than the quickest, but guesses less, is taken
 _NAMES = ("without", "with early guesses", "with early and late guesses")
@@ -42,8 +42,11 @@ class Benefit:
         # The cache fills while the first block runs; then every level is tried between others.
         others = [level for top in range(levels - 1, 0, -1) for level in (top, 0)]
         self._planned = deque([levels - 1, 0, *others])
-        self._pause, self._tried = FIRST_PAUSE, 0
-        self.level = self._planned.popleft()
+        self._surprising: int | None = None  # the level that was tried last, if it was quicker
+        self._now = 0  # blocks that have begun
+        self._last = [0] * levels  # when each level was on
+        self.level = 0
+        self._begin_block()
 
     def end_step(self, seconds: float) -> None:
         """Take in how long a decode step took at the present level."""
@@ -57,7 +60,7 @@ class Benefit:
         self._compare()
         if not self._planned:
             self._plan()
-        self.level = self._planned.popleft()
+        self._begin_block()
 
     def describe(self) -> str:
         """Say for people what was found."""
@@ -76,6 +79,11 @@ class Benefit:
         is_close = self.level != ranked[0][1]
         return f"{state}; a token takes {times}{_TOO_CLOSE if is_close else ''}"
 
+    def _begin_block(self) -> None:
+        self.level = self._planned.popleft()
+        self._now += 1
+        self._last[self.level] = self._now
+
     def _compare(self) -> None:
         """Learn from the last three blocks if the middle one was at another level."""
         if len(self._blocks) < 3:
@@ -88,16 +96,26 @@ class Benefit:
             self._found[level].append(-longer)
         else:
             self._found[tried].append(self._log(level) + longer)
-        if longer < -log(CLOSE):  # a surprise
-            self._pause = FIRST_PAUSE
+        self._surprising = tried if longer < -log(CLOSE) else None
 
     def _plan(self) -> None:
         """Plan a pause at the quickest level and a trial of another, with a block after it."""
         best = self._quickest()
-        others = [level for level in range(self.levels) if level != best]
-        self._tried += 1
-        self._planned.extend([*[best] * self._pause, others[self._tried % len(others)], best])
-        self._pause = min(2 * self._pause, LONGEST_PAUSE)
+        due = {
+            self._last[level] + self._pause(level, best): level
+            for level in range(self.levels)
+            if level != best
+        }
+        soonest = min(due)
+        pause = max(1, soonest - self._now)
+        self._planned.extend([*[best] * pause, due[soonest], best])
+
+    def _pause(self, level: int, best: int) -> int:
+        """Return after how many blocks a level is to be tried again: the later the worse it is."""
+        if level == self._surprising:
+            return SHORTEST_PAUSE
+        longer = self._log(level) - self._log(best)
+        return int(min(max(longer / TRIALS_COST, SHORTEST_PAUSE), LONGEST_PAUSE))
 
     def _log(self, level: int) -> float:
         """Return the logarithm of what a step takes, over what it takes at level 0."""
