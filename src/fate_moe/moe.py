@@ -61,18 +61,26 @@ class MoELayer:
         self.observer: Observer | None = None
 
     def before_router(self, gate_input: Tensor) -> None:
-        """Guess the next layer's experts from this layer's gate input, [T, D]."""
-        wanted = self._mover.guess_level(len(gate_input)) > 0
-        guess = self._predictor.next(self.layer, gate_input) if wanted else None
-        self._guess = guess and self._with_low(guess, len(gate_input))
-        if self.observer is not None:
-            self.observer.asked(self.layer, gate_input, self._guess)
+        """Guess the next layer's experts from this layer's gate input, [.., D]."""
+        self._guess = None
+        wanted = self._mover.guess_level(_tokens(gate_input)) > 0
+        if not wanted and self.observer is None:
+            return  # most layers of most tokens, where guessing does not pay
+        with torch.no_grad():
+            x = gate_input.reshape(-1, gate_input.shape[-1])
+            guess = self._predictor.next(self.layer, x) if wanted else None
+            self._guess = guess and self._with_low(guess, len(x))
+            if self.observer is not None:
+                self.observer.asked(self.layer, x, self._guess)
 
     def before_layer(self, hidden: Tensor) -> None:
-        """Guess this layer's experts again from what enters it, [T, D]."""
-        if self._mover.guess_level(len(hidden)) > 1:
-            guess = self._predictor.sharpen(self.layer, hidden)
-            self._mover.speculate(guess and self._with_low(guess, len(hidden)))
+        """Guess this layer's experts again from what enters it, [.., D]."""
+        if self._mover.guess_level(_tokens(hidden)) <= 1:
+            return
+        with torch.no_grad():
+            x = hidden.reshape(-1, hidden.shape[-1])
+            guess = self._predictor.sharpen(self.layer, x)
+            self._mover.speculate(guess and self._with_low(guess, len(x)))
             if self.observer is not None and guess is not None:
                 self.observer.sharpened(guess)
 
@@ -110,6 +118,10 @@ class MoELayer:
     def _with_low(self, guess: Prediction, tokens: int) -> Prediction:
         low = self._low_experts(Choice(guess.layer, guess.ranked, tokens, guess.counts))
         return replace(guess, low=low) if low else guess
+
+
+def _tokens(x: Tensor) -> int:
+    return x.numel() // x.shape[-1]
 
 
 def choice_of(layer: int, topk_ids: Tensor, num_experts: int) -> Choice:

@@ -168,14 +168,14 @@ class MoESite:
     layer: nn.Module | None
 
     def attach(self, forward: Forward, before_router: Callable[[Tensor], None]) -> None:
-        """Let the model call `forward` for its experts, and `before_router` with gate inputs."""
+        """Let the model call `forward` for its experts, and `before_router` with gate inputs [.., D]."""
         self.experts.attached = forward  # type: ignore[assignment]
         if self.router is not None:
             hook = _gate_input_hook(before_router)
             self.router.register_forward_pre_hook(hook, with_kwargs=True)
 
     def watch_layer(self, before_layer: Callable[[Tensor], None]) -> None:
-        """Let the model call `before_layer` with what enters the decoder layer, [T, D]."""
+        """Let the model call `before_layer` with what enters the decoder layer, [.., D]."""
         if self.layer is not None:
             hook = _gate_input_hook(before_layer)
             self.layer.register_forward_pre_hook(hook, with_kwargs=True)
@@ -235,10 +235,8 @@ def _linear(x: Tensor, weights: Mapping[str, Tensor], name: str, transposed: boo
 def _gate_input_hook(
     before_router: Callable[[Tensor], None],
 ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-    @torch.no_grad()
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        gate_input = args[0] if args else next(iter(kwargs.values()))
-        before_router(gate_input.reshape(-1, gate_input.shape[-1]))
+        before_router(args[0] if args else next(iter(kwargs.values())))
 
     return hook
 
