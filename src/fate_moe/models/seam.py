@@ -168,7 +168,7 @@ class MoESite:
     layer: nn.Module | None
 
     def attach(self, forward: Forward, before_router: Callable[[Tensor], None]) -> None:
-        """Let the model call `forward` for its experts, `before_router` with gate inputs [.., D]."""
+        """Let the model call `forward` for its experts, `before_router` with gate inputs."""
         self.experts.attached = forward  # type: ignore[assignment]
         if self.router is not None:
             hook = _gate_input_hook(before_router)
