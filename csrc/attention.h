@@ -73,6 +73,7 @@ class DenseBlock {
 
   // x, out [tokens, D] at once, where `takes_many`: one set of codes serves gate and up.
   void many(Pool& pool, DecodeMemory& memory, const float* x, int tokens, float* out) const;
+  int width() const { return gate_.place.cols; }
   bool takes_many() const {
     return gate_.record && up_.record && down_.record && gate_.place.group == up_.place.group;
   }

@@ -24,7 +24,11 @@ void need(bool fine, const char* what) {
   if (!fine) throw std::invalid_argument(what);
 }
 
-void need_whole(const fate::AttentionBlock& around) {
+void need_fit(const fate::TokenRun& run, const fate::AttentionBlock& around,
+              const fate::DenseBlock* dense) {
+  const int width = around.q.place.cols;
+  need(run.layers() == 0 || run.width() == width, "the layers of a run differ in width");
+  need(dense == nullptr || dense->width() == width, "the parts of a layer differ in width");
   need(around.before.weight && around.after.weight, "a layer needs both norms");
   need(around.residual == 1.0f, "a layer of a run adds its parts as they are");
 }
@@ -33,13 +37,13 @@ void add_sparse(fate::TokenRun& run, const fate::AttentionBlock& around,
                 const fate::RouterBlock& router, const fate::ExpertShape& shape,
                 fate::DenseBlock* dense) {
   const int width = around.q.place.cols;
-  need_whole(around);
+  need_fit(run, around, dense);
   need(router.width == width && shape.up.cols == width, "the parts of a layer differ in width");
   run.add({around, router, shape, dense, {}});
 }
 
 void add_dense(fate::TokenRun& run, const fate::AttentionBlock& around, fate::DenseBlock* dense) {
-  need_whole(around);
+  need_fit(run, around, dense);
   need(dense != nullptr, "a layer needs a feed-forward");
   run.add({around, {nullptr, 0, 0, 0, false}, {}, dense, {}});
 }

@@ -25,6 +25,7 @@ class TokenRun {
   // Say where the records of all experts of all layers lie.
   void place(const std::vector<std::vector<const std::uint8_t*>>& records);
   bool is_placed() const { return placed_; }
+  int width() const { return layers_.empty() ? 0 : layers_[0].around.q.place.cols; }
   std::size_t layers() const { return layers_.size(); }
   std::size_t experts(std::size_t layer) const { return layers_[layer].router.experts; }
 

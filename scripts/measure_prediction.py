@@ -220,6 +220,7 @@ def main() -> None:
                 figures = (predicted, reached, predicted / reached, row["stolen"])
                 told = "\t".join(f"{figure:.2f}" for figure in figures)
                 print(f"{rate}\t{experts}\t{policy}\t{told}", flush=True)
+    resident.close()
 
 
 if __name__ == "__main__":

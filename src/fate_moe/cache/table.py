@@ -108,6 +108,11 @@ class ExpertTable:
         """Return the entry of `key`, resident or in flight, or None."""
         return self._entries.get(key)
 
+    @property
+    def held(self) -> int:
+        """Experts that have a slot, resident or in flight."""
+        return len(self._entries)
+
     def waits_for(self, key: ExpertKey) -> bool:
         """Say whether an expert has no slot but what a guess that nobody asked for gave it."""
         entry = self._entries.get(key)

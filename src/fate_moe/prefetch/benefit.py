@@ -17,7 +17,7 @@ from math import exp, log
 from statistics import median
 
 BLOCK_STEPS = 4  # the first of them still lives on what was read before: it does not count
-TRIALS_COST = 0.003  # of the time, most that is spent on trials of a level
+TRIALS_COST = 0.003  # of the time, that trials of a level may take, as far as pauses allow it
 SHORTEST_PAUSE, LONGEST_PAUSE = 6, 100  # blocks between trials of a level
 REMEMBERED = 7  # trials of a level; their median counts: guesses learn, caches fill, texts change
 CLOSE = 1.01  # a level that takes this much longer than the quickest, but guesses less, is taken

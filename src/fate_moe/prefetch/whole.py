@@ -1,7 +1,8 @@
 """What do many layers hold at once, while a token goes through them in one piece?
 
 All of their experts, where all are resident: the regions of such layers hold them whole, so nobody
-ever has to leave. Only an interrupt can empty them (see the mover's words).
+ever has to leave. Only an interrupt can empty them (see the mover's words); then layers are
+computed one by one until each expert has been asked for again.
 """
 
 from __future__ import annotations
@@ -52,18 +53,22 @@ class Whole:
         Args:
             chosen: experts that a token was routed to in each layer; 0 where none was computed.
         """
-        with self._mover.section:
-            per_layer = self._mover.telemetry.counts[Phase.DECODE]
-            for layer in self._experts if chosen else ():
-                per_layer[layer].requests += chosen
-                per_layer[layer].hits += chosen
-        self._mover.end_lease()
+        try:
+            with self._mover.section:
+                per_layer = self._mover.telemetry.counts[Phase.DECODE]
+                for layer in self._experts if chosen else ():
+                    per_layer[layer].requests += chosen
+                    per_layer[layer].hits += chosen
+        finally:
+            self._mover.end_lease()
 
     def _find(self) -> bool:
         table = self._mover.table
         if self._seen == (table, table.departures):
             return True  # nobody has left: all are where they were
         self._seen = None
+        if table.held < sum(self._experts.values()):
+            return False
         slots = []
         for layer, count in self._experts.items():
             entries = [table.get(ExpertKey(layer, expert)) for expert in range(count)]

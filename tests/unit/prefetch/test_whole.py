@@ -75,16 +75,29 @@ def test_whoever_left_and_came_back_is_found_where_it_is_now(bench: Make) -> Non
     b.use(0, [0, 1])
     whole = Whole(b.mover, {0: 2})
     assert whole.open()
+    before = whole.slots[0]
     whole.close(0)
-    b.use(0, [2])
+    b.use(0, [2, 3])
     assert not whole.open()
-    b.use(0, [0])
     b.use(0, [1])
-    there = all(b.mover.table.get(ExpertKey(0, expert)) for expert in range(2))
-    assert whole.open() == there
-    if there:
-        assert [set(b.view(slot)) for slot in whole.slots[0]] == [{0}, {1}]
-        whole.close(0)
+    b.use(0, [0])
+    assert whole.open()
+    assert whole.slots[0] != before
+    assert [set(b.view(slot)) for slot in whole.slots[0]] == [{0}, {1}]
+    whole.close(0)
+
+
+def test_an_interrupt_while_counting_lets_go(
+    filled: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Whole(filled.mover, {0: COUNT})
+    assert whole.open()
+    monkeypatch.setattr(filled.mover.telemetry, "counts", None)
+    with pytest.raises(TypeError):
+        whole.close(1)
+    monkeypatch.undo()
+    filled.use(0, [0])  # the next lease begins, from an empty table
+    assert filled.mover.telemetry.total().misses == 1
 
 
 def test_a_lease_waits_until_all_are_let_go(filled: Bench) -> None:

@@ -24,7 +24,6 @@ def test_cells_are_measured_and_predicted_with_the_first_ones_read_cost(
     lines = (tmp_path / "prediction.jsonl").read_text(encoding="utf-8").splitlines()
     first, second = map(json.loads, lines)
     assert max(0.0, first["own_read_s"]) == first["read_s"] == second["read_s"]
-    assert second["own_read_s"] != first["own_read_s"]
     assert first["took"]["demand"]["reads"] > second["took"]["demand"]["reads"] > 0
     assert first["took"]["resident"]["reads"] == 0
     # Reads of milliseconds are most of a token's time: the model cannot be far off.
