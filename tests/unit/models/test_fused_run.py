@@ -388,13 +388,9 @@ def test_an_error_in_the_run_lets_the_next_token_compute(
 def test_something_done_between_layers_is_seen(between: int | None, model: Any) -> None:
     run = run_layers(model)[0]._run
     assert run is not None
-    call = {"use_cache": True}
     for number in range(LAYERS):
-        x = torch.zeros(1) if number in (0, between) else run.handed_on
-        assert x is not None
-        run.see(number, x, call)
-        if number + 1 < LAYERS and number != between:
-            run.handed_on = torch.ones(1)
-        elif between is not None:
-            break
+        was_handed_on = number not in (0, between)
+        x = run.handed_on if was_handed_on and run.handed_on is not None else torch.zeros(1)
+        run.see(number, x, {"use_cache": True})
+        run.handed_on = torch.ones(1)
     assert run.is_alike == (between is None)
