@@ -80,6 +80,6 @@ void bind_run(nb::module_& m) {
       .def("add", &add_sparse, "around"_a, "router"_a, "shape"_a, "dense"_a.none(),
            nb::keep_alive<1, 5>())
       .def("add_dense", &add_dense, "around"_a, "dense"_a, nb::keep_alive<1, 3>())
-      .def("place", &place, "addresses"_a)
+      .def("place", &place, "addresses"_a, Unlocked())
       .def("step", &step, "x"_a, "cos"_a, "sin"_a, "rows"_a, "out"_a, Unlocked());
 }

@@ -61,7 +61,8 @@ class Turns:
             self._now.is_leased = False
             booked = self._telemetry.leases[self._now.phase]
             booked.lease_s += time.perf_counter() - self._now.began_s
-            booked.stall_s += self._telemetry.stall_s - self._now.stalled_s
+            # Another thread may have set the counts to zero meanwhile.
+            booked.stall_s += max(0.0, self._telemetry.stall_s - self._now.stalled_s)
 
     def window(self, read_bytes: int, spare_slots: int) -> int:
         """Return the most guesses of `read_bytes` each that this turn should queue."""

@@ -49,6 +49,16 @@ def test_before_anything_is_known_the_spare_slots_are_the_window(
     assert made.least_chance(10_000) > 1
 
 
+def test_counts_that_were_set_to_zero_meanwhile_are_no_negative_wait() -> None:
+    telemetry = Telemetry(4)
+    telemetry.stall_s = 5.0
+    made = Turns(None, LinkMeter(), telemetry, Benefit(1))
+    made.begin(0, Phase.DECODE)
+    telemetry.reset()
+    made.end_lease()
+    assert telemetry.leases[Phase.DECODE].stall_s == 0.0
+
+
 def test_a_lease_books_its_time_and_what_it_waited_by_phase() -> None:
     telemetry = Telemetry(4)
     made = Turns(None, LinkMeter(), telemetry, Benefit(1))
