@@ -68,7 +68,9 @@ def test_they_compute_what_wide_ones_do(store: Path) -> None:
         assert torch.equal(parameter, plain[name]), name
     ids = torch.arange(3, 20)[None]
     want, got = wide(ids).logits, narrow(ids).logits
-    assert float((got - want).norm() / want.norm()) < 1e-5
+    exact = wide.double()(ids).logits
+    # torch adds up in an order of the machine's: both are rounded sums of the same products.
+    assert float((got - exact).norm()) < 2 * float((want - exact).norm())
 
 
 def test_what_is_tied_is_one_and_the_same(tmp_path: Path) -> None:
