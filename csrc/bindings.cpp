@@ -13,6 +13,7 @@
 #include <tuple>
 #include <vector>
 
+#include "bindings.h"
 #include "shared.h"
 
 namespace nb = nanobind;
@@ -20,10 +21,8 @@ using namespace nb::literals;
 
 namespace {
 
-using Address = std::uintptr_t;
-
-template <class T> T* at(Address address) { return reinterpret_cast<T*>(address); }
-
+using fate::Address;
+using fate::at;
 using fate::shared;
 
 void set_threads(int threads) {

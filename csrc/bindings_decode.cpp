@@ -3,8 +3,8 @@
 #include <nanobind/stl/vector.h>
 
 #include <mutex>
-#include <stdexcept>
 
+#include "bindings.h"
 #include "shared.h"
 
 namespace nb = nanobind;
@@ -12,15 +12,10 @@ using namespace nb::literals;
 
 namespace {
 
-using Address = std::uintptr_t;
-
-template <class T> T* at(Address address) { return reinterpret_cast<T*>(address); }
-
-void need(bool fine, const char* what) {
-  if (!fine) throw std::invalid_argument(what);
-}
-
+using fate::Address;
+using fate::at;
 using fate::Locked;
+using fate::need;
 
 fate::CachePlace cache_at(Address keys, Address values, std::size_t stride, int length) {
   return {at<float>(keys), at<float>(values), stride, length};

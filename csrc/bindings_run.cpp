@@ -3,10 +3,10 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
-#include <stdexcept>
 #include <tuple>
 #include <vector>
 
+#include "bindings.h"
 #include "shared.h"
 #include "token_run.h"
 
@@ -15,14 +15,10 @@ using namespace nb::literals;
 
 namespace {
 
-using Address = std::uintptr_t;
+using fate::Address;
+using fate::at;
+using fate::need;
 using Row = std::tuple<Address, Address, std::size_t, int>;  // keys, values, stride, length
-
-template <class T> T* at(Address address) { return reinterpret_cast<T*>(address); }
-
-void need(bool fine, const char* what) {
-  if (!fine) throw std::invalid_argument(what);
-}
 
 void need_fit(const fate::TokenRun& run, const fate::AttentionBlock& around,
               const fate::DenseBlock* dense) {

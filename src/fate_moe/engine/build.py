@@ -89,8 +89,7 @@ def build(
         if natively:
             _fuse(model, blueprint.context_tokens)
         _preload(blueprint, regions, mover, progress)
-        plainly = mover.benefit.levels == 1 and config.compute.int2 != "always"
-        if natively and blueprint.holds_all and plainly:
+        if natively and blueprint.holds_all and mover.benefit.levels == 1:
             _fuse_whole(model, sites, layers, mover)
     except BaseException:
         _stop(mover, reader)

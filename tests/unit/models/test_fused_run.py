@@ -88,6 +88,17 @@ def test_answers_have_the_bits_of_layers_one_by_one(model: Any, computed: list[i
     assert computed == [LAYERS] * (NEW - 1)  # what all layers are called with has been seen
 
 
+def test_what_leaves_the_last_layer_may_go_through_all_again(
+    model: Any, computed: list[int]
+) -> None:
+    left: list[Tensor] = []
+    model.model.norm.register_forward_pre_hook(lambda _, args: left.append(args[0]))
+    answer(model)
+    assert len(computed) == NEW - TOO_EARLY
+    assert len(left) == NEW
+    assert not any(hasattr(one, "_fate_run") for one in left)
+
+
 def test_every_request_is_counted_as_a_hit(model: Any) -> None:
     model.fate.reset()
     answer(model)
