@@ -4,6 +4,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "bindings.h"
@@ -35,7 +36,8 @@ void add_sparse(fate::TokenRun& run, const fate::AttentionBlock& around,
   const int width = around.q.place.cols;
   need_fit(run, around, dense);
   need(router.width == width && shape.up.cols == width, "the parts of a layer differ in width");
-  run.add({around, router, shape, dense, {}});
+  run.add({around, router, shape, dense,
+           std::vector<const std::uint8_t*>(router.experts, nullptr)});
 }
 
 void add_dense(fate::TokenRun& run, const fate::AttentionBlock& around, fate::DenseBlock* dense) {
@@ -44,27 +46,37 @@ void add_dense(fate::TokenRun& run, const fate::AttentionBlock& around, fate::De
   run.add({around, {nullptr, 0, 0, 0, false}, {}, dense, {}});
 }
 
-void place(fate::TokenRun& run, const std::vector<std::vector<Address>>& addresses) {
-  need(addresses.size() == run.layers(), "need the experts of each layer");
-  std::vector<std::vector<const std::uint8_t*>> records(addresses.size());
-  for (std::size_t l = 0; l < addresses.size(); ++l) {
-    need(addresses[l].size() == run.experts(l), "need all experts of a layer");
-    for (const Address one : addresses[l]) records[l].push_back(at<std::uint8_t>(one));
-  }
+// Each: layer, expert, where its record lies; 0: nowhere.
+using Moved = std::tuple<std::size_t, std::size_t, Address>;
+
+void place(fate::TokenRun& run, const std::vector<Moved>& moved) {
+  for (const auto& [layer, expert, address] : moved)
+    need(layer < run.layers() && expert < run.experts(layer), "no such expert in this run");
   fate::Locked our;
-  run.place(records);
+  for (const auto& [layer, expert, address] : moved)
+    run.place(layer, expert, at<std::uint8_t>(address));
 }
 
-void step(fate::TokenRun& run, Address x, Address cos, Address sin, const std::vector<Row>& rows,
-          Address out) {
-  need(run.is_placed(), "need to know where the experts lie");
+void begin(fate::TokenRun& run, Address x, Address cos, Address sin, const std::vector<Row>& rows,
+           Address out, Address normed, Address ids, Address weights, Address times) {
   need(rows.size() == run.layers(), "need a row of the cache for each layer");
   std::vector<fate::CachePlace> caches;
   for (const auto& [keys, values, stride, length] : rows)
     caches.push_back({at<float>(keys), at<float>(values), stride, length});
   fate::Locked our;
-  run.step(our.pool, our.memory, at<float>(x), at<float>(cos), at<float>(sin), caches,
-           at<float>(out));
+  run.begin({at<float>(x), at<float>(cos), at<float>(sin), std::move(caches), at<float>(out),
+             at<float>(normed), at<std::int64_t>(ids), at<float>(weights), at<double>(times)});
+}
+
+std::size_t advance(fate::TokenRun& run, Address grown) {
+  fate::Locked our;
+  need(run.is_stopped() == (grown != 0), "need the experts' sum where it stopped, only there");
+  return run.advance(our.pool, our.memory, at<float>(grown));
+}
+
+void finish_dense(fate::TokenRun& run) {
+  fate::Locked our;
+  run.finish_dense(our.pool, our.memory);
 }
 
 }  // namespace
@@ -76,6 +88,9 @@ void bind_run(nb::module_& m) {
       .def("add", &add_sparse, "around"_a, "router"_a, "shape"_a, "dense"_a.none(),
            nb::keep_alive<1, 5>())
       .def("add_dense", &add_dense, "around"_a, "dense"_a, nb::keep_alive<1, 3>())
-      .def("place", &place, "addresses"_a, Unlocked())
-      .def("step", &step, "x"_a, "cos"_a, "sin"_a, "rows"_a, "out"_a, Unlocked());
+      .def("place", &place, "moved"_a, Unlocked())
+      .def("begin", &begin, "x"_a, "cos"_a, "sin"_a, "rows"_a, "out"_a, "normed"_a, "ids"_a,
+           "weights"_a, "times"_a, Unlocked())
+      .def("advance", &advance, "grown"_a, Unlocked())
+      .def("finish_dense", &finish_dense, Unlocked());
 }

@@ -1,7 +1,8 @@
-// How does one token go through decoder layers whose experts are all in memory, in one piece?
+// How does one token go through decoder layers in one piece, as far as their experts are in memory?
 //
 // What is done for a layer, and in which order numbers are added, is what the parts do one by one:
-// the result has the same bits.
+// the result has the same bits. At a layer that misses an expert it stops, and goes on once somebody
+// else has computed that layer's experts.
 #pragma once
 
 #include <vector>
@@ -16,32 +17,55 @@ struct RunLayer {
   RouterBlock router;  // of no experts: the feed-forward is `dense` alone
   ExpertShape shape;
   DenseBlock* dense;   // a shared expert, or null
-  std::vector<const std::uint8_t*> records;  // of each expert, [E]
+  std::vector<const std::uint8_t*> records;  // of each expert, [E]; null: not in memory
+};
+
+// One token's way, in memory of the caller's that must stay until the last layer is done.
+struct Passage {
+  const float* x;                  // [D]
+  const float* cos;                // all layers turn by the same
+  const float* sin;
+  std::vector<CachePlace> caches;  // a row of each layer's
+  float* out;                      // [D]
+  float* normed;                   // [D]: what the layer's router and experts got
+  std::int64_t* ids;               // [layers, K]: what was chosen
+  float* weights;                  // [layers, K]
+  double* times;                   // [layers, 2]: seconds from the call to the choice, to its end
 };
 
 class TokenRun {
  public:
   void add(const RunLayer& layer) { layers_.push_back(layer); }
-  // Say where the records of all experts of all layers lie.
-  void place(const std::vector<std::vector<const std::uint8_t*>>& records);
-  bool is_placed() const { return placed_; }
+  // Say where the record of an expert lies; null: nowhere.
+  void place(std::size_t layer, std::size_t expert, const std::uint8_t* record) {
+    layers_[layer].records[expert] = record;
+  }
   int width() const { return layers_.empty() ? 0 : layers_[0].around.q.place.cols; }
   std::size_t layers() const { return layers_.size(); }
   std::size_t experts(std::size_t layer) const { return layers_[layer].router.experts; }
 
-  // x, out [D]; a row of the cache for each layer. All layers turn by the same cos and sin.
-  void step(Pool& pool, DecodeMemory& memory, const float* x, const float* cos, const float* sin,
-            const std::vector<CachePlace>& caches, float* out);
+  void begin(const Passage& passage);
+  bool is_stopped() const { return is_stopped_; }
+  bool is_done() const { return at_ == layers_.size(); }
+  // Go on to the next layer that misses an expert, and return its number, or to the end.
+  // `grown` [D]: the sum of the experts of the layer it stopped at, else null.
+  std::size_t advance(Pool& pool, DecodeMemory& memory, const float* grown);
+  // End what other cores have begun of the layer it stopped at: its shared expert.
+  void finish_dense(Pool& pool, DecodeMemory& memory);
 
  private:
-  // out = feed-forward(x); null where nothing was computed.
-  const float* feed_forward(Pool& pool, DecodeMemory& memory, const RunLayer& layer, const float* x);
+  bool is_placed(const RunLayer& layer) const;
+  void compute_experts(Pool& pool, const RunLayer& layer, float* grown);
+  void complete(const float* grown);
 
   std::vector<RunLayer> layers_;
-  bool placed_ = false;
+  Passage passage_{};
+  std::size_t at_ = 0;        // layers that are done
+  const float* x_ = nullptr;  // what entered the layer, and what leaves it
+  float* y_ = nullptr;
+  bool is_stopped_ = false, is_dense_open_ = false;
   ExpertStep step_;
-  Buffer hidden_[2], normed_, grown_, dense_, logits_, weights_;
-  std::vector<std::int64_t> ids_;
+  Buffer hidden_[2], grown_, dense_, logits_;
 };
 
 }  // namespace fate

@@ -242,13 +242,33 @@ void check_run(Pool& pool, const char* isa, int width, int inner) {
   for (int d = 0; d < width; ++d) want[d] += extra[d];
 
   TokenRun run;
-  run.add({first, router, shape, &shared, {}});
+  run.add({first, router, shape, &shared, std::vector<const std::uint8_t*>(kExperts, nullptr)});
   run.add({second, {nullptr, 0, 0, 0, false}, {}, &plain, {}});
-  expect(!run.is_placed() && run.experts(0) == kExperts && run.experts(1) == 0, "places", isa);
-  run.place({records, {}});
-  std::vector<float> got(width, NAN);
-  run.step(pool, memory, x.data(), nullptr, nullptr, {caches[2], caches[3]}, got.data());
-  expect(std::memcmp(got.data(), want.data(), 4ul * width) == 0, "a run differs from its layers", isa, width);
+  expect(run.experts(0) == kExperts && run.experts(1) == 0, "counts experts", isa);
+  const auto place_all = [&] {
+    for (int e = 0; e < kExperts; ++e) run.place(0, e, records[e]);
+  };
+  for (const int missing : {-1, static_cast<int>(ids[1])}) {
+    place_all();
+    if (missing >= 0) run.place(0, missing, nullptr);
+    std::vector<float> got(width, NAN), seen(width), shares(kLayers * kChosen);
+    std::vector<std::int64_t> chosen(kLayers * kChosen);
+    std::vector<double> times(2 * kLayers);
+    for (int l = kLayers; l < 2 * kLayers; ++l) keys[l] = values[l] = history;
+    run.begin({x.data(), nullptr, nullptr, {caches[2], caches[3]}, got.data(), seen.data(),
+               chosen.data(), shares.data(), times.data()});
+    if (missing >= 0) {
+      expect(run.advance(pool, memory, nullptr) == 0 && run.is_stopped(), "does not stop", isa);
+      run.finish_dense(pool, memory);
+      step.begin(pool, shape, seen.data(), 1, kChosen, chosen.data(), shares.data());
+      for (int i = 0; i < kChosen; ++i) step.run(pool, {{chosen[i], records[chosen[i]], false}});
+      step.finish(pool, grown.data());
+    }
+    expect(run.advance(pool, memory, missing < 0 ? nullptr : grown.data()) == kLayers && run.is_done(),
+           "does not end", isa);
+    expect(missing >= 0 || times[1] >= times[0], "times go backward", isa);
+    expect(std::memcmp(got.data(), want.data(), 4ul * width) == 0, "a run differs from its layers", isa, width);
+  }
   for (int l = 0; l < kLayers; ++l)
     expect(keys[l] == keys[kLayers + l] && values[l] == values[kLayers + l],
            "a run caches something else", isa, l);

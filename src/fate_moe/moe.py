@@ -101,9 +101,18 @@ class MoELayer:
         """
         topk_ids = topk_ids.cpu()  # here the host waits for a GPU
         with self._mover.lease(self._choice(topk_ids)) as arriving:
-            self._mover.speculate(self._guess)  # after the demand: a guess only gets idle link time
+            # After the demand: a guess only gets idle link time.
+            self._mover.speculate(self._take_guess())
             beside()
             return self.experts(x, topk_ids, topk_weights, arriving)
+
+    def _take_guess(self) -> Prediction | None:
+        guess, self._guess = self._guess, None  # a step that asks for none makes none
+        return guess
+
+    def keeps_all_bits(self, count: int) -> bool:
+        """Say whether a token's `count` experts are all computed from their whole records."""
+        return not self._low_experts(Choice(self.layer, list(range(count)), 1))
 
     def _choice(self, topk_ids: Tensor) -> Choice:
         choice = choice_of(self.layer, topk_ids, self.num_experts)

@@ -6,6 +6,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from fate_moe.cache import Entry, ExpertTable, make_cache
 from fate_moe.cache.allocation import Regions
+from fate_moe.prefetch.passing import _slot
 from fate_moe.types import Choice, ExpertKey
 
 LAYERS, EXPERTS, SPARE = 3, 6, 3
@@ -18,6 +19,9 @@ class TableMachine(RuleBasedStateMachine):
         self.table = ExpertTable(
             Regions.per_layer([4, 0, 3]), SPARE, lambda c: make_cache("arc", c)
         )
+        self.moved: set[ExpertKey] = set()
+        self.table.watch(self.moved)
+        self.seen: dict[ExpertKey, int | None] = {}
         self.in_flight: list[Entry] = []
         self.locked: list[Entry] = []
 
@@ -72,6 +76,13 @@ class TableMachine(RuleBasedStateMachine):
         self.locked = [e for e in self.locked if e is not entry]
         self.table.drop(entry)
 
+    @rule(data=st.data())
+    def upgrade(self, data: st.DataObject) -> None:
+        there = [e for e in self.table.entries() if e.resident and not e.locks]
+        if there:
+            self.in_flight.append(data.draw(st.sampled_from(there)))
+            self.table.upgrade(self.in_flight[-1])
+
     @precondition(lambda self: self.locked)
     @rule(data=st.data())
     def unlock(self, data: st.DataObject) -> None:
@@ -101,6 +112,16 @@ class TableMachine(RuleBasedStateMachine):
         assert protected <= {e.key for e in self.table.entries()}
         if not protected:
             assert self.table.spare_slots == SPARE
+
+    @invariant()
+    def whoever_moved_is_told_of(self) -> None:
+        for key in self.moved:
+            self.seen[key] = _slot(self.table.get(key))
+        self.moved.clear()
+        for layer in range(LAYERS):
+            for expert in range(EXPERTS):
+                key = ExpertKey(layer, expert)
+                assert self.seen.get(key) == _slot(self.table.get(key))
 
     @invariant()
     def holds(self) -> None:

@@ -89,7 +89,7 @@ class ExpertTable:
         self._limits = list(regions.capacities)
         self._lenders: list[int] = []  # regions, one for each slot that is lent
         self.evictions = 0
-        self.departures = 0  # whoever left its slot, for whatever reason
+        self._watchers: list[set[ExpertKey]] = []
         self.on_drop: Callable[[Entry], None] = lambda entry: None
         self._make_policy = make_policy
         self._of_layer = regions.of_layer
@@ -108,10 +108,9 @@ class ExpertTable:
         """Return the entry of `key`, resident or in flight, or None."""
         return self._entries.get(key)
 
-    @property
-    def held(self) -> int:
-        """Experts that have a slot, resident or in flight."""
-        return len(self._entries)
+    def watch(self, moved: set[ExpertKey]) -> None:
+        """Add to `moved`, from now on, whoever comes to lie elsewhere, changes or leaves."""
+        self._watchers.append(moved)
 
     def waits_for(self, key: ExpertKey) -> bool:
         """Say whether an expert has no slot but what a guess that nobody asked for gave it."""
@@ -222,11 +221,13 @@ class ExpertTable:
         entry.resident = True
         if entry.part is Part.REST:
             entry.part = Part.WHOLE
+        self._note_moved(entry.key)
         self._drop_homeless(entry)
 
     def upgrade(self, entry: Entry) -> None:
         """Note that the rest is being read of an entry whose head is there."""
         entry.resident, entry.part = False, Part.REST
+        self._note_moved(entry.key)
 
     def give_back(self, entry: Entry) -> None:
         """Note that a read was taken back before it began: what was there is there."""
@@ -331,10 +332,15 @@ class ExpertTable:
     def _adopt(self, entry: Entry) -> None:
         del self._spare[entry.key]
         entry.spare = False
+        self._note_moved(entry.key)
         self._join_region(entry)
 
     def _release_slot(self, entry: Entry) -> None:
         del self._entries[entry.key]
         self._free.append(entry.slot)
-        self.departures += 1
+        self._note_moved(entry.key)
         self.on_drop(entry)
+
+    def _note_moved(self, key: ExpertKey) -> None:
+        for moved in self._watchers:
+            moved.add(key)

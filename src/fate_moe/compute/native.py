@@ -55,6 +55,7 @@ class NativeExperts:
     """Run experts where they lie, all that have landed in one call.
 
     Attributes:
+        layout: of the layer's records.
         shape: the native `ExpertShape`.
         slot_address: where a slot's bytes start.
     """
@@ -76,6 +77,7 @@ class NativeExperts:
         Raises:
             NativeUnavailable: there is no native core.
         """
+        self.layout = layout
         self.shape = _shape(layout, form)
         self.slot_address = slot_address
         self._step = step

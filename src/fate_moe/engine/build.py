@@ -32,7 +32,7 @@ from fate_moe.moe import MoELayer
 from fate_moe.predict import Known, Predictor, make_predictor
 from fate_moe.predict.ridge import FittedRouter
 from fate_moe.prefetch.mover import Mover
-from fate_moe.prefetch.whole import Whole
+from fate_moe.prefetch.passing import Passing
 from fate_moe.store.fitted import STAGES, Map, read_fitted
 from fate_moe.store.reader import FileReader, RecordReader
 from fate_moe.telemetry import peak_rss_bytes
@@ -88,9 +88,8 @@ def build(
         use_native(model, natively)
         if natively:
             _fuse(model, blueprint.context_tokens)
+            _fuse_runs(model, sites, layers, partial(Passing, mover, predictor.learn))
         _preload(blueprint, regions, mover, progress)
-        if natively and blueprint.holds_all and mover.benefit.levels == 1:
-            _fuse_whole(model, sites, layers, mover)
     except BaseException:
         _stop(mover, reader)
         raise
@@ -163,12 +162,12 @@ def _fuse(model: Any, tokens: int) -> None:
     fuse(model, tokens)
 
 
-def _fuse_whole(model: Any, sites: list[MoESite], layers: list[MoELayer], mover: Mover) -> None:
-    from fate_moe.models.fused_run import fuse_runs
+def _fuse_runs(
+    model: Any, sites: list[MoESite], layers: list[MoELayer], hold: Callable[..., Passing]
+) -> None:
+    from fate_moe.models.fuse_runs import fuse_runs
 
-    by_experts = {site.experts: layer for site, layer in zip(sites, layers, strict=True)}
-    fuse_runs(model, by_experts, partial(Whole, mover))
-    mover.reset()  # the trial was no token of anybody's
+    fuse_runs(model, {s.experts: layer for s, layer in zip(sites, layers, strict=True)}, hold)
 
 
 def _stop(mover: Mover, reader: RecordReader) -> None:

@@ -23,6 +23,7 @@ from fate_moe.models.fused_step import (
     stand_ins,
 )
 from fate_moe.models.gate_form import apply_gate
+from fate_moe.models.turnstile import Turnstile
 from fate_moe.native import core
 
 _PROJECTIONS = "gate_proj", "up_proj", "down_proj"
@@ -133,7 +134,11 @@ class FusedLinear:
 
 
 class FusedDense:
-    """The forward of a gated feed-forward, such as a shared expert: of one token, or of many."""
+    """The forward of a gated feed-forward, such as a shared expert: of one token, or of many.
+
+    Attributes:
+        alone: held from `start` to `finish`: between them it has memory that it works with.
+    """
 
     def __init__(self, module: Any, share: Tensor | None = None) -> None:
         """Bind a feed-forward, or raise KeyError, TypeError or ValueError: it is none.
@@ -156,6 +161,7 @@ class FusedDense:
         gate = native.Gate(act, form.alpha, form.limit, form.offset, form.limit_after)
         self._share = share
         self._x = _NOTHING  # held for the cores that compute with it
+        self.alone = Turnstile()
         address = 0 if share is None else share.data_ptr()
         self.block = native.DenseBlock(*(one.projection for one in matrices), gate, address)
         self._takes_many = self.block.takes_many
@@ -176,7 +182,11 @@ class FusedDense:
         return self._takes_many and are_tokens(x, self.width)
 
     def start(self, x: Tensor) -> None:
-        """Take over tokens x [.., D]; with a single one other cores begin."""
+        """Take over tokens x [.., D]; with a single one other cores begin.
+
+        Waits while another thread is between `start` and `finish`.
+        """
+        self.alone.enter()
         if x.numel() == self.width:
             self.block.start(x.data_ptr())
         self._x = x
@@ -189,14 +199,19 @@ class FusedDense:
             self.block.finish(out.data_ptr())
         else:
             self.block.many(x.data_ptr(), x.numel() // self.width, out.data_ptr())
-        self._x = _NOTHING  # every layer would hold on to its prompt
+        self._end()
         return out
 
     def drop(self) -> None:
         """Forget what was started and not finished, once no core computes with it."""
         if self._x.numel() == self.width:
             self.finish()
-        self._x = _NOTHING
+        else:
+            self._end()
+
+    def _end(self) -> None:
+        self._x = _NOTHING  # every layer would hold on to its prompt
+        self.alone.leave()
 
     def is_watched(self) -> bool:
         """Say whether somebody hooked a part or put another in its place."""

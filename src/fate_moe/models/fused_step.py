@@ -44,23 +44,21 @@ class Positions:
     """The rotary embedding and the mask of a step, looked at once for all layers."""
 
     def __init__(self) -> None:
-        self._cos: Tensor | None = None
-        self._sin: Tensor | None = None
-        self._addresses = 0, 0
-        self._mask: Tensor | None = None
-        self._open = False
+        # One tuple each, replaced whole: threads may take turns between any two lines.
+        self._turn: tuple[Tensor | None, Tensor | None, tuple[int, int]] = None, None, (0, 0)
+        self._mask: tuple[Tensor | None, bool] = None, False
 
     def addresses(self, embeddings: Any, rotary: int) -> tuple[int, int] | None:
         """Find cos and sin [1, 1, rotary]; None where they are anything else."""
         if type(embeddings) is not tuple or len(embeddings) != 2:
             return None
         cos, sin = embeddings
-        if cos is not self._cos or sin is not self._sin:
+        turn = self._turn
+        if cos is not turn[0] or sin is not turn[1]:
             if not all(is_plain(one) and one.numel() == cos.shape[-1] for one in (cos, sin)):
                 return None
-            self._cos, self._sin = cos, sin
-            self._addresses = cos.data_ptr(), sin.data_ptr()
-        return self._addresses if cos.numel() == rotary else None
+            turn = self._turn = cos, sin, (cos.data_ptr(), sin.data_ptr())
+        return turn[2] if cos.numel() == rotary else None
 
     def sees_all(self, mask: Any, tokens: int) -> bool:
         """Say whether a mask hides none of so many cached tokens, the newest included."""
@@ -68,10 +66,11 @@ class Positions:
             return True
         if not isinstance(mask, Tensor) or mask.numel() != tokens:
             return False
-        if mask is not self._mask:
-            self._open = bool((mask if mask.dtype is torch.bool else mask == 0).all())
-            self._mask = mask
-        return self._open
+        seen = self._mask
+        if mask is not seen[0]:
+            is_open = bool((mask if mask.dtype is torch.bool else mask == 0).all())
+            seen = self._mask = mask, is_open
+        return seen[1]
 
 
 class Slot:

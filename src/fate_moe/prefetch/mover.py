@@ -75,7 +75,7 @@ class Mover:
         self._failed: dict[ExpertKey, Exception] = {}
         self._predictions: dict[int, Prediction] = {}
         self._wishes = Wishes()
-        self._turns = Turns(window, self.link, self.telemetry, self.benefit)
+        self.turns = Turns(window, self.link, self.telemetry, self.benefit)
         self._owner: int | None = None  # thread that holds the open lease
         self.section = Section(self._changed)
         self._closed = False
@@ -104,7 +104,7 @@ class Mover:
             if layer in self._predictions:
                 self._take_back_guesses(prediction)
             else:
-                read_bytes, turns = self._parts.record_bytes[layer], self._turns
+                read_bytes, turns = self._parts.record_bytes[layer], self.turns
                 window = turns.window(read_bytes, self.table.spare_slots)
                 if turns.phase is Phase.PREFILL:
                     self.table.lend(min(window, len(prediction.ranked)), layer)
@@ -127,7 +127,7 @@ class Mover:
         """
         self.begin_lease()
         with self.section:
-            self._turns.begin(choice.layer, choice.phase)
+            self.turns.begin(choice.layer, choice.phase)
             self._wishes.clear()
             keys = [ExpertKey(choice.layer, e) for e in choice.experts]
             for stale in self._cancel(lambda key: key not in keys):
@@ -159,7 +159,7 @@ class Mover:
     def end_lease(self) -> None:
         """Let the next lease begin."""
         with self._changed:
-            self._turns.end_lease()
+            self.turns.end_lease()
             self._owner = None
             self._changed.notify_all()
 
@@ -235,7 +235,7 @@ class Mover:
 
     def start_reads(self) -> None:
         """Begin in the background what is queued, where it comes in that way."""
-        if self._queue and self.filler.takes(self._turns.phase):
+        if self._queue and self.filler.takes(self.turns.phase):
             self.filler.start(self._queue.take_all())
 
     def wait(self, most_s: float) -> bool:
@@ -300,7 +300,7 @@ class Mover:
     def _demand(self, entry: Entry) -> None:
         self._queue.push_demand(entry)
         self.telemetry.bytes_demand += self._parts.bytes(entry)
-        if not (self._reads_here() or self.filler.takes(self._turns.phase)):
+        if not (self._reads_here() or self.filler.takes(self.turns.phase)):
             self._readers.wake()
 
     def _guess(self, entry: Entry) -> None:
@@ -308,7 +308,7 @@ class Mover:
         self.telemetry.guesses += 1
         self.telemetry.bytes_speculated += self._parts.bytes(entry)
         self._wishes.spend()
-        if not self.filler.takes(self._turns.phase):
+        if not self.filler.takes(self.turns.phase):
             self._readers.wake()
 
     def _cancel(self, unwanted: Callable[[ExpertKey], bool]) -> list[Entry]:
@@ -360,7 +360,7 @@ class Mover:
 
     def _reads_here(self) -> bool:
         # In prefill computing one expert takes longer than reading the next.
-        return self.filler.are_small and self._turns.phase is Phase.DECODE
+        return self.filler.are_small and self.turns.phase is Phase.DECODE
 
     def _take_batch(self) -> list[Entry]:
         batch = self._queue.take(self.filler.batch_bytes)

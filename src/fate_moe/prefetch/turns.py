@@ -43,8 +43,21 @@ class Turns:
 
     def begin(self, layer: int, phase: Phase) -> None:
         """Begin the turn of `layer`."""
+        self._begin(layer, phase, time.perf_counter())
+
+    def passed(self, layer: int, chosen_s: float, took_s: float) -> None:
+        """Book a turn of decode without a lease, after the fact.
+
+        Args:
+            chosen_s: when the layer's experts were chosen, in seconds of `time.perf_counter`.
+            took_s: until they were computed.
+        """
+        self._begin(layer, Phase.DECODE, chosen_s, is_leased=False)
+        self._telemetry.leases[Phase.DECODE].lease_s += took_s
+
+    def _begin(self, layer: int, phase: Phase, now: float, is_leased: bool = True) -> None:
         # What lies between two forward steps (sampling, a person who thinks) is no turn.
-        now, stalled, last = time.perf_counter(), self._telemetry.stall_s, self._now
+        stalled, last = self._telemetry.stall_s, self._now
         if last is not None and layer > last.layer:
             self.compute_s[last.phase].add(now - last.began_s - (stalled - last.stalled_s))
         if layer == 0:
@@ -53,7 +66,7 @@ class Turns:
         elif layer == self._telemetry.layers - 1 and self._step_began_s is not None:
             self._benefit.end_step(now - self._step_began_s)
             self._step_began_s = None
-        self._now = _Turn(layer, phase, now, stalled)
+        self._now = _Turn(layer, phase, now, stalled, is_leased)
 
     def end_lease(self) -> None:
         """Book how long the turn's lease was open, once, and what of it was spent waiting."""
@@ -98,4 +111,4 @@ class _Turn:
     phase: Phase
     began_s: float
     stalled_s: float
-    is_leased: bool = True
+    is_leased: bool

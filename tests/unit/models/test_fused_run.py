@@ -1,4 +1,4 @@
-"""A token that goes through many layers in one native call: same bits, and only where it may."""
+"""A token that goes through many layers in few native calls: same bits, and only where it may."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,9 +14,10 @@ from transformers.cache_utils import DynamicCache
 from fate_moe import native
 from fate_moe.engine.prepare import convert_model
 from fate_moe.engine.record import Recorder
+from fate_moe.errors import ReadError
 from fate_moe.models.fused_run import FusedRun, RunLayer
-from fate_moe.types import Choice, Phase
-from tests.tiny import EXPERTS, LAYERS, TOP_K, save_checkpoint
+from fate_moe.types import Choice, ExpertKey, Phase
+from tests.tiny import LAYERS, TOP_K, save_checkpoint
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason=native.why_missing)
 
@@ -111,13 +112,101 @@ def test_loading_counts_nothing(model: Any) -> None:
     assert model.fate.report().requests == 0
 
 
-@pytest.mark.parametrize(
-    ("policy", "experts"), [("demand", "50%"), ("tuned", "50%"), ("path", "90%")]
-)
-def test_layers_are_computed_one_by_one_where_experts_come_and_go(
-    policy: str, experts: str, open_engine: Any, tiny_store: Path
+SOME = [("demand", "30%"), ("demand", "90%"), ("tuned", "50%"), ("path", "70%")]
+
+
+def without_guesses(model: Any) -> Any:
+    """Let a model guess nothing, as where it was found not to pay."""
+    benefit = model.fate.mover.benefit
+    benefit.level, benefit.end_step = 0, lambda seconds: None
+    return model
+
+
+@pytest.mark.parametrize(("policy", "experts"), SOME)
+def test_where_experts_come_and_go_answers_have_the_same_bits(
+    policy: str, experts: str, open_engine: Any, tiny_store: Path, computed: list[int]
 ) -> None:
-    assert not run_layers(open_engine(tiny_store, policy=policy, experts=experts).model)
+    model = without_guesses(open_engine(tiny_store, policy=policy, experts=experts).model)
+    want = one_by_one(model, lambda: answer(model))
+    computed.clear()
+    assert same(answer(model), want)
+    assert same(answer(model), want)
+    assert computed == [LAYERS] * (2 * NEW - TOO_EARLY - 1)
+    assert model.fate.mover.telemetry.total(Phase.DECODE).misses > 0
+    model.fate.mover.table.check()
+
+
+@pytest.mark.parametrize("cache", ["arc", "lru", "transition"])
+@pytest.mark.parametrize("experts", ["30%", "70%"])
+def test_experts_come_and_go_as_they_do_layer_by_layer(
+    cache: str, experts: str, open_engine: Any, tiny_store: Path
+) -> None:
+    def go(as_ever: bool) -> tuple[Any, Any]:
+        model = open_engine(tiny_store, policy="demand", cache=cache, experts=experts).model
+        for _ in range(2):
+            one_by_one(model, lambda: answer(model)) if as_ever else answer(model)
+        mover = model.fate.mover
+        return mover.telemetry.counts[Phase.DECODE], {e.key for e in mover.table.entries()}
+
+    assert go(False) == go(True)
+
+
+def test_layers_that_miss_nothing_are_passed(
+    open_engine: Any, tiny_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = open_engine(tiny_store, policy="demand", experts="70%").model
+    answer(model)
+    leases: list[int] = []
+    own = model.fate.mover.lease
+
+    def lease(choice: Choice) -> Any:
+        leases.append(choice.layer)
+        return own(choice)
+
+    monkeypatch.setattr(model.fate.mover, "lease", lease)
+    misses = model.fate.mover.telemetry.total(Phase.DECODE).misses
+    answer(model)
+    misses = model.fate.mover.telemetry.total(Phase.DECODE).misses - misses
+    in_prefill = LAYERS
+    assert 0 < len(leases) - in_prefill <= misses
+    assert len(leases) - in_prefill < (NEW - 1) * LAYERS
+
+
+def test_guesses_are_made_between_layers(
+    open_engine: Any, tiny_store: Path, computed: list[int]
+) -> None:
+    model = without_guesses(open_engine(tiny_store, experts="50%").model)
+    model.fate.mover.benefit.level = 1
+    computed.clear()
+    answer(model)
+    assert not computed
+    assert model.fate.report().guesses > 0
+    model.fate.mover.benefit.level = 0
+    answer(model)
+    assert computed == [LAYERS] * (NEW - 1)
+
+
+def test_an_expert_that_cannot_be_read_costs_its_token_only(
+    open_engine: Any, tiny_store: Path, computed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = open_engine(tiny_store, policy="demand", experts="30%").model
+    want = answer(model)
+    computed.clear()
+    layer = model.model.layers[4].mlp.experts
+    own, calls = layer.forward, []
+
+    def broken(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        calls.append(len(x))
+        if len(calls) == 3:
+            raise ReadError(ExpertKey(4, 1), "the store", 0, None, "gone")
+        return own(x, *args, **kwargs)  # type: ignore[no-any-return]
+
+    monkeypatch.setitem(layer.__dict__, "forward", broken)
+    with pytest.raises(ReadError):
+        answer(model)
+    assert calls == [11, 1, 1]
+    assert same(answer(model), want)
+    model.fate.mover.table.check()
 
 
 def test_where_everything_is_in_memory_the_default_policy_guesses_nothing(
@@ -138,10 +227,13 @@ def test_experts_computed_from_two_bits_go_one_by_one(open_engine: Any, tiny_sto
     assert not run_layers(model)
 
 
-def test_a_window_asks_for_guesses_all_the_same(open_engine: Any, tiny_store: Path) -> None:
+def test_a_window_asks_for_guesses_all_the_same(
+    open_engine: Any, tiny_store: Path, computed: list[int]
+) -> None:
     model = open_engine(tiny_store, experts="100%", window=4).model
-    assert not run_layers(model)
+    computed.clear()
     answer(model)
+    assert not computed
     assert model.fate.report().recall
 
 
@@ -336,13 +428,18 @@ def test_a_hook_on_all_modules_sees_them(model: Any, computed: list[int]) -> Non
     assert all(seen.count(layer) == NEW for layer in model.model.layers)
 
 
-def test_threads_compute_one_after_the_other(model: Any, computed: list[int]) -> None:
+@pytest.mark.parametrize(("policy", "experts"), [("resident", None), ("demand", "50%")])
+def test_threads_compute_one_after_the_other(
+    policy: str, experts: str | None, open_engine: Any, tiny_store: Path, computed: list[int]
+) -> None:
+    model = open_engine(tiny_store, policy=policy, experts=experts).model
     want = answer(model)
     computed.clear()
     with ThreadPoolExecutor(3) as pool:
         got = list(pool.map(lambda _: answer(model), range(3)))
     assert all(same(one, want) for one in got)
-    assert computed == [LAYERS] * 3 * (NEW - 1)
+    assert computed
+    model.fate.mover.table.check()
 
 
 def test_a_trace_misses_nothing(model: Any, computed: list[int]) -> None:
@@ -355,24 +452,14 @@ def test_a_trace_misses_nothing(model: Any, computed: list[int]) -> None:
     assert all(len(step.choices) == LAYERS for step in recorder.trace.steps)
 
 
-def test_after_an_interrupt_layers_fill_one_by_one_then_run_again(
-    model: Any, computed: list[int]
-) -> None:
+def test_after_an_interrupt_experts_are_read_again(model: Any, computed: list[int]) -> None:
     want = answer(model)
     computed.clear()
     mover = model.fate.mover
     mover.section.torn = True  # as an interrupt in a critical section leaves it
     assert same(answer(model), want)
-    assert not computed  # a token asks for few of all experts
-    asked = mover.telemetry.total()
-    assert asked.misses > 0
-    for layer in range(LAYERS):
-        with mover.lease(Choice(layer, list(range(EXPERTS)))) as arriving:
-            for _ in arriving:
-                pass
-    computed.clear()
-    assert same(answer(model), want)
-    assert len(computed) == NEW - 1
+    assert computed == [LAYERS] * (NEW - 1)
+    assert mover.telemetry.total().misses > 0
     mover.table.check()
 
 
@@ -385,7 +472,7 @@ def test_an_error_in_the_run_lets_the_next_token_compute(
     own = run._native
 
     class Broken:
-        def step(self, *args: object) -> None:
+        def begin(self, *args: object) -> None:
             raise MemoryError("no memory")
 
     monkeypatch.setattr(run, "_native", Broken())

@@ -405,7 +405,7 @@ def test_a_pause_between_steps_opens_no_window(bench: Callable[..., Bench]) -> N
         b.use(1, [0])
     time.sleep(0.3)
     b.use(0, [0])
-    longest = b.mover._turns.compute_s[Phase.DECODE].value
+    longest = b.mover.turns.compute_s[Phase.DECODE].value
     assert longest is not None
     assert longest < 0.1
 
