@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from int2_forms import FORMS, bits_added, bits_read, rebuild
+from int2_forms import FORMS, HEAD_SHARE, bits_added, bits_read, rebuild
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -42,6 +42,7 @@ RANDOM = "random"
 class Sums:
     """What one form loses and moves, added up over matrices."""
 
+    head_share: float = HEAD_SHARE
     lost: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     whole: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     weights: int = 0
@@ -53,7 +54,7 @@ class Sums:
         fitting = next((g for g in GROUPS if g <= group and weight.shape[1] % g == 0), None)
         if fitting is None:
             raise ConfigError(f"{name}: {weight.shape[1]} inputs, need a multiple of {GROUPS[-1]}")
-        made = rebuild(form, weight, fitting)
+        made = rebuild(form, weight, fitting, self.head_share)
         self.lost[name] += (weight.float() - made).double().square().sum().item()
         self.whole[name] += weight.double().square().sum().item()
         if name != RANDOM:
@@ -135,7 +136,7 @@ def table(options: argparse.Namespace) -> Iterator[str]:
         judge = None if text is None else Judge(checkpoint, text, options.tokens)
         for done, (group, form) in enumerate(cells, 1):
             say(f"{done} of {len(cells)}: {form} in groups of {group}")
-            sums = Sums()
+            sums = Sums(options.head_share)
             round_experts(source, judge and judge.model, form, group, sums)
             if noise is not None:
                 sums.round(form, RANDOM, noise, group)
@@ -172,12 +173,13 @@ def main(arguments: list[str] | None = None) -> None:
         "--random", type=int, default=0, metavar="N", help="and N x N Gaussian weights"
     )
     parser.add_argument("--threads", type=int, default=1, help="more only on an idle machine")
+    parser.add_argument("--head-share", type=float, default=HEAD_SHARE, help="of `both`")
     parser.add_argument("--groups", type=int, nargs="+", choices=GROUPS, default=GROUPS)
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS)
     options = parser.parse_args(arguments)
-    for name, least in (("tokens", 2), ("random", 0), ("threads", 1)):
+    for name, least in (("tokens", 2), ("random", 0), ("threads", 1), ("head_share", 0)):
         if getattr(options, name) < least:
-            parser.error(f"--{name}: have {getattr(options, name)}, need at least {least}")
+            parser.error(f"{name}: have {getattr(options, name)}, need at least {least}")
     torch.set_num_threads(options.threads)
     try:
         for line in table(options):

@@ -90,6 +90,17 @@ def test_codes_for_both_lose_least_of_the_sum_that_they_are_chosen_for(weight: T
     assert four.sum() < both_four.sum() < 1.1 * four.sum()
 
 
+def test_the_heads_share_is_the_callers(weight: Tensor) -> None:
+    from compare_int2 import Sums
+
+    two, four = (
+        [losses(weight, Sums(share).round(form, "up", weight, 64), 64).sum() for share in (0, 1)]
+        for form in ("both", "both-int4")
+    )
+    assert two[1] < two[0]
+    assert four[1] > four[0]
+
+
 def test_bits_add_up() -> None:
     from int2_forms import bits_added, bits_read
 
@@ -132,7 +143,8 @@ def test_the_table_tells_of_the_experts_that_are_shipped(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tokens", "1"], "--tokens: have 1, need at least 2"),
+        (["--tokens", "1"], "tokens: have 1, need at least 2"),
+        (["--head-share", "-1"], "head_share: have -1.0, need at least 0"),
         (["--text", "nowhere.txt"], "nowhere.txt: cannot be read"),
         (["--random", "24", "--forms", "int4"], "random: 24 inputs, need a multiple of 16"),
     ],
