@@ -121,6 +121,9 @@ class ComputeConfig:
         int2: which experts are computed from two bits: never, tail (in prefill, the least popular
             ones) or always.
         int2_share: most tokens of a step, as a share of 1, that the tail may take.
+        int2_on_miss: in decode, chosen experts whose share of a token's router weights is below
+            this, as a share of 1, are computed from two bits where not all of them is in memory.
+        exact: nothing is chosen by what is in memory; forbids int2_on_miss.
     """
 
     compute: str = "auto"
@@ -128,6 +131,8 @@ class ComputeConfig:
     threads: int | None = None
     int2: str = "never"
     int2_share: float = 0.25
+    int2_on_miss: float = 0.0
+    exact: bool = False
 
     def __post_init__(self) -> None:
         if self.compute not in {"auto", "native", "triton", "eager"}:
@@ -138,6 +143,13 @@ class ComputeConfig:
             raise ConfigError(f"threads: have {self.threads}, need 1 to 1024")
         if not 0 <= self.int2_share <= 1:
             raise ConfigError(f"int2_share: have {self.int2_share}, need 0 to 1")
+        if not 0 <= self.int2_on_miss <= 1:
+            raise ConfigError(f"int2_on_miss: have {self.int2_on_miss}, need 0 to 1")
+        if self.exact and self.int2_on_miss:
+            raise ConfigError(
+                f"exact: with int2_on_miss {100 * self.int2_on_miss:g}% the answer would depend on "
+                "what is in memory; leave out one of --exact and --int2-on-miss"
+            )
 
 
 @dataclass(frozen=True, slots=True)

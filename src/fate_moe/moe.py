@@ -13,10 +13,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fate_moe.compute import LowExperts, RoutedSum
+from fate_moe.compute import LowExperts, RoutedSum, light_experts
 from fate_moe.predict import Predictor
 from fate_moe.prefetch.mover import Mover
-from fate_moe.types import Choice, Prediction
+from fate_moe.types import Choice, Phase, Prediction
 
 
 class Observer(Protocol):
@@ -50,6 +50,7 @@ class MoELayer:
         mover: Mover,
         experts: RoutedSum,
         low_experts: LowExperts,
+        light_share: float = 0.0,
     ) -> None:
         self.layer = layer
         self.num_experts = num_experts
@@ -57,6 +58,7 @@ class MoELayer:
         self._mover = mover
         self.experts = experts
         self._low_experts = low_experts
+        self._light_share = light_share
         self._guess: Prediction | None = None
         self.observer: Observer | None = None
 
@@ -100,7 +102,7 @@ class MoELayer:
                 threads read missing experts (small ones in decode wait: see `Mover`).
         """
         topk_ids = topk_ids.cpu()  # here the host waits for a GPU
-        with self._mover.lease(self._choice(topk_ids)) as arriving:
+        with self._mover.lease(self._choice(topk_ids, topk_weights)) as arriving:
             # After the demand: a guess only gets idle link time.
             self._mover.speculate(self._take_guess())
             beside()
@@ -114,11 +116,15 @@ class MoELayer:
         """Say whether a token's `count` experts are all computed from their whole records."""
         return not self._low_experts(Choice(self.layer, list(range(count)), 1))
 
-    def _choice(self, topk_ids: Tensor) -> Choice:
+    def _choice(self, topk_ids: Tensor, topk_weights: Tensor) -> Choice:
         choice = choice_of(self.layer, topk_ids, self.num_experts)
         low = self._low_experts(choice)
         if low:
             choice = replace(choice, low=low)
+        if self._light_share and choice.phase is Phase.DECODE:
+            weights = topk_weights[0].tolist()
+            light = light_experts(topk_ids[0].tolist(), weights, self._light_share)
+            choice = replace(choice, light=light.intersection(choice.experts) - low)
         self._predictor.learn(self.layer, choice.experts)
         if self.observer is not None:
             self.observer.chose(choice)

@@ -23,7 +23,8 @@ from fate_moe.types import Phase, Prediction
 class Counts:
     """Sums over requests; `saved` = requests served by a guess, resident or in flight.
 
-    `partial`: of the misses, those of which the INT2 head was there.
+    `partial`: of the misses, those of which the INT2 head was there. `low`: of the requests, those
+    that are computed from it.
 
     `recall_hit / recall_of` is recall at the full width of the guess, `core_hit / recall_of` at
     the router's own top-k width.
@@ -35,6 +36,7 @@ class Counts:
     misses: int = 0
     saved: int = 0
     partial: int = 0
+    low: int = 0
     recall_of: int = 0
     recall_hit: int = 0
     core_hit: int = 0
@@ -172,6 +174,7 @@ class Report:
     hits: int
     late: int
     misses: int
+    low: int
     hit_rate: float | None
     recall: float | None
     recall_top_k: float | None
@@ -229,7 +232,8 @@ class Report:
             (
                 "requests",
                 f"{self.requests} = {self.hits} hits + {self.late} late + {self.misses} misses "
-                f"(hit rate {percent(self.hit_rate)})",
+                f"(hit rate {percent(self.hit_rate)})"
+                + (f", {self.low} in two bits" if self.low else ""),
             ),
             (
                 "prediction",
@@ -283,6 +287,7 @@ def counts_json(counts: Counts) -> dict[str, object]:
         "hits": counts.hits,
         "late": counts.late,
         "misses": counts.misses,
+        "low": counts.low,
         "hit_rate": counts.hit_rate,
         "recall": counts.recall,
         "recall_top_k": counts.recall_top_k,

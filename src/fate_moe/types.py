@@ -38,6 +38,7 @@ class Choice:
         tokens: T of the step; one token is decode, more are prefill.
         counts: tokens of each expert; None = one each.
         low: the experts that are computed from their INT2 head.
+        light: of the others, those for which the head is enough if not all of them is there.
     """
 
     layer: int
@@ -45,6 +46,7 @@ class Choice:
     tokens: int = 1
     counts: Sequence[int] | None = None
     low: frozenset[int] = frozenset()
+    light: frozenset[int] = frozenset()
 
     @property
     def phase(self) -> Phase:

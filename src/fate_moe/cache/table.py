@@ -133,6 +133,7 @@ class ExpertTable:
         """Add requests to counts, before anything is done for them; `low` need a head only."""
         for key in keys:
             counts.requests += 1
+            counts.low += key.expert in low
             entry = self._entries.get(key)
             if entry is None:
                 counts.misses += 1

@@ -40,6 +40,8 @@ def chat(
     compute: options.Compute = None,
     dtype: options.Dtype = None,
     int2_share: options.Int2Share = None,
+    int2_on_miss: options.Int2OnMiss = None,
+    exact: options.Exact = False,
     threads: options.Threads = None,
     io_threads: options.IoThreads = None,
     verify: options.Verify = None,
@@ -63,6 +65,7 @@ def chat(
         predictor=predictor,
         percentile=percentile, window=window, cache=cache, allocation=allocation,
         compute=compute, dtype=dtype, **options.two_bits(int2_share),
+        **options.in_decode(int2_on_miss, exact),
         threads=threads, io_threads=io_threads, verify=verify,
     )  # fmt: skip
     try:

@@ -75,6 +75,8 @@ def generate(
     compute: options.Compute = None,
     dtype: options.Dtype = None,
     int2_share: options.Int2Share = None,
+    int2_on_miss: options.Int2OnMiss = None,
+    exact: options.Exact = False,
     threads: options.Threads = None,
     io_threads: options.IoThreads = None,
     verify: options.Verify = None,
@@ -106,6 +108,7 @@ def generate(
         predictor=predictor,
         percentile=percentile, window=window, cache=cache, allocation=allocation,
         compute=compute, dtype=dtype, **options.two_bits(int2_share),
+        **options.in_decode(int2_on_miss, exact),
         threads=threads, io_threads=io_threads, verify=verify,
     )  # fmt: skip
     try:

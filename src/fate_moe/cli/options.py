@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fate_moe.config import PRESETS, make_config, parse_size
+from fate_moe.config import DEFAULT_POLICY, PRESETS, make_config, parse_size
 from fate_moe.errors import ConfigError
 
 
@@ -32,10 +32,27 @@ def two_bits(share: str | None) -> dict[str, object]:
     """
     if share is None:
         return {}
-    found = parse_size(share, "int2-share").share
+    return {"int2": "tail", "int2_share": _share(share, "int2-share")}
+
+
+def in_decode(on_miss: str | None, exact: bool) -> dict[str, object]:
+    """Read `--int2-on-miss` and `--exact` as settings of `make_config`.
+
+    Raises:
+        ConfigError: one is bad, or they exclude each other.
+    """
+    settings: dict[str, object] = {"exact": exact}
+    if on_miss is not None:
+        settings["int2_on_miss"] = _share(on_miss, "int2-on-miss")
+    make_config(DEFAULT_POLICY, **settings)  # before a model is loaded or fetched
+    return settings
+
+
+def _share(text: str, what: str) -> float:
+    found = parse_size(text, what).share
     if found is None:
-        raise ConfigError(f"int2-share: {share!r:.40}: need a share such as 25%")
-    return {"int2": "tail", "int2_share": found}
+        raise ConfigError(f"{what}: {text!r:.40}: need a share such as 25%")
+    return found
 
 
 def _policies_own(setting: str) -> str:
@@ -160,6 +177,26 @@ Int2Share = Annotated[
         rich_help_panel=STAGES,
         help="In prompts, read and compute the least popular experts in two bits, up to this share "
         "of the routed tokens: fewer bytes, not the same output. Default: none.",
+    ),
+]
+Int2OnMiss = Annotated[
+    str | None,
+    typer.Option(
+        "--int2-on-miss",
+        metavar="P%",
+        rich_help_panel=STAGES,
+        help="While an answer is written, read and compute an expert in two bits where it is not "
+        "in memory and has less than this share of the token's router weights: fewer bytes, and an "
+        "answer that depends on what is in memory. Default: none.",
+    ),
+]
+Exact = Annotated[
+    bool,
+    typer.Option(
+        "--exact",
+        rich_help_panel=STAGES,
+        help="The answer does not depend on what is in memory, and `mode` says so: the default; "
+        "refuses --int2-on-miss.",
     ),
 ]
 Dtype = Annotated[

@@ -3,7 +3,7 @@
 from fate_moe.compute import gpu
 from fate_moe.compute.eager import EagerExperts, ExpertMath, RoutedSum
 from fate_moe.compute.native import GateForm, NativeExperts, can_compute
-from fate_moe.compute.precision import LowExperts, make_low_experts
+from fate_moe.compute.precision import LowExperts, light_experts, make_low_experts
 
 __all__ = [
     "EagerExperts",
@@ -14,5 +14,6 @@ __all__ = [
     "RoutedSum",
     "can_compute",
     "gpu",
+    "light_experts",
     "make_low_experts",
 ]

@@ -1,13 +1,13 @@
 """Which experts of a step are computed from two bits instead of four?
 
-From what the router chose alone, never from what is resident, so that the output does not depend
-on the cache. Whatever these choose changes the output: `mode:` names it, `fate eval --compare`
-measures it.
+From what the router chose alone, so that the output does not depend on the cache; but for light
+experts, which the cache decides about. Whatever these choose changes the output: `mode:` names it,
+`fate eval --compare` measures it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from fate_moe.errors import ConfigError
@@ -44,6 +44,18 @@ def tail(choice: Choice, share: float) -> frozenset[int]:
             break
         low.append(expert)
     return frozenset(low)
+
+
+def light_experts(ids: Sequence[int], weights: Sequence[float], share: float) -> frozenset[int]:
+    """Return the experts of one token whose share of its router weights is below `share`.
+
+    Args:
+        ids: chosen experts, [K].
+        weights: theirs, [K], not below 0; they need not sum to 1.
+        share: of 1.
+    """
+    least = share * sum(weights)
+    return frozenset(e for e, weight in zip(ids, weights, strict=True) if weight < least)
 
 
 def make_low_experts(name: str, share: float) -> LowExperts:

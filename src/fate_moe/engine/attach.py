@@ -82,7 +82,9 @@ def attach(
     low_experts = make_low_experts(compute.int2, compute.int2_share)
     moe_layers = []
     for index, (site, experts) in enumerate(zip(sites, sums, strict=True)):
-        layer = MoELayer(index, site.num_experts, predictor, mover, experts, low_experts)
+        layer = MoELayer(
+            index, site.num_experts, predictor, mover, experts, low_experts, compute.int2_on_miss
+        )
         site.attach(layer.forward, layer.before_router)
         if predictor.sharpens and mover.benefit.levels > 1:
             site.watch_layer(layer.before_layer)

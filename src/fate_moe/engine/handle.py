@@ -87,12 +87,26 @@ class Engine:
                 "in prefill the least popular experts (at most "
                 f"{config.compute.int2_share:.0%} of the routed tokens) computed from two bits"
             )
+        parts += self._in_decode
         blind = sum(router is None for router in self.routers)
         if blind and config.predict.predictor in ("cross_layer", "ridge"):
             parts.append(
                 f"{blind} layers guessed from history: their router needs more than a gate input"
             )
         return "; ".join(parts)
+
+    @property
+    def _in_decode(self) -> list[str]:
+        compute = self.blueprint.config.compute
+        parts = []
+        if compute.int2_on_miss:
+            parts.append(
+                f"in decode experts below {100 * compute.int2_on_miss:g}% of a token's router "
+                "weights computed from two bits where not whole in memory"
+            )
+        if not parts:
+            return ["exact: the answer does not depend on what is in memory"]
+        return [*parts, "the answer depends on what is in memory"]
 
     @property
     def _computed(self) -> str:
@@ -127,6 +141,7 @@ class Engine:
             hits=total.hits,
             late=total.late,
             misses=total.misses,
+            low=total.low,
             hit_rate=total.hit_rate,
             recall=total.recall,
             recall_top_k=total.recall_top_k,

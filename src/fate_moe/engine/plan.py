@@ -157,8 +157,10 @@ def draw(store: Path, config: Config) -> Blueprint:
 
 def _check_int2(manifest: Manifest, config: Config) -> None:
     bits = manifest.quantization["bits"]
-    if config.compute.int2 != "never" and bits != 4:
+    compute = config.compute
+    name = "int2" if compute.int2 != "never" else "int2_on_miss" if compute.int2_on_miss else ""
+    if name and bits != 4:
         raise ConfigError(
-            f"int2: the store holds experts of {bits} bits, two bits come from the head of four; "
+            f"{name}: the store holds experts of {bits} bits, two bits come from the head of four; "
             "convert the model with --bits 4"
         )

@@ -121,8 +121,7 @@ class Mover:
             choice: what the router chose.
         Returns:
             A context manager that yields lists of (expert, slot, low) as experts land: in decode
-            all that have landed, to be computed together; in prefill one at a time, since each has
-            many tokens and its slot is wanted.
+            all that have landed; in prefill one: it has many tokens, and its slot is wanted.
         Cost: a hit O(1) and no copy; a miss one read of the record.
         """
         self.begin_lease()
@@ -136,6 +135,7 @@ class Mover:
             while not by_itself and self.filler.under_way and self.filler.wait(POLL_S):
                 self._settle_landed()  # from here on the reader threads say what has landed
             self._settle_landed()
+            choice = self._parts.lowered(choice, self.table)
             self._count(choice, keys)
             self.table.begin(choice)
             together = len(keys) if by_itself or choice.phase is Phase.DECODE else 1

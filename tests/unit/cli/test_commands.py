@@ -47,6 +47,22 @@ def test_prompts_in_two_bits_are_asked_for_and_named(store: str) -> None:
         refused(fate("generate", store, "-p", "x", "--int2-share", wrong), "int2-share: ")
 
 
+def test_two_bits_on_a_miss_are_asked_for_and_named_and_exact_forbids_them(store: str) -> None:
+    ask = ("generate", store, "-p", "hello", "-n", "9", "--experts", "20%", "--policy", "demand")
+    for flags in ((), ("--exact",)):
+        mode = json.loads(fate(*ask, *flags, "--json").stdout)["mode"]
+        assert mode.endswith("exact: the answer does not depend on what is in memory")
+    data = json.loads(fate(*ask, "--int2-on-miss", "40%", "--json").stdout)
+    assert "in decode experts below 40% of a token's router weights" in data["mode"]
+    assert "exact" not in data["mode"]
+    for command in ("generate", "chat"):
+        both = (command, "no-such-model", "--int2-on-miss", "15%", "--exact")
+        prompt = ("-p", "x") if command == "generate" else ()
+        refused(fate(*both, *prompt), "exact: with int2_on_miss 15% .* --exact and --int2-on-miss")
+    for wrong in ("6MiB", "120%", "much"):
+        refused(fate("generate", store, "-p", "x", "--int2-on-miss", wrong), "int2-on-miss: ")
+
+
 @pytest.fixture
 def store(tiny_store: Path) -> str:
     return str(tiny_store)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fate_moe.compute import make_low_experts
+from fate_moe.compute import light_experts, make_low_experts
 from fate_moe.compute.precision import always, never, tail
 from fate_moe.config import make_config
 from fate_moe.engine.build import build
@@ -59,6 +59,17 @@ def test_the_tail_never_takes_more_than_its_share(rows: list[list[int]], share: 
     assert taken <= share * ids.numel() + 1e-6
     kept = [int((ids == expert).sum()) for expert in set(ids.flatten().tolist()) - low]
     assert all(count >= int((ids == expert).sum()) for expert in low for count in kept)
+
+
+@pytest.mark.parametrize(
+    ("share", "expected"),
+    [(0.0, set()), (0.1, set()), (0.11, {7}), (0.3, {7}), (0.31, {7, 2}), (1.0, {7, 2, 4})],
+)
+def test_light_is_what_has_less_than_the_share_of_a_tokens_weights(
+    share: float, expected: set[int]
+) -> None:
+    for scale in (1.0, 2.5):  # some families' weights do not sum to 1
+        assert light_experts([4, 2, 7], [scale * w for w in (0.6, 0.3, 0.1)], share) == expected
 
 
 def test_an_unknown_name_is_refused() -> None:

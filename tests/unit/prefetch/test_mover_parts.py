@@ -12,6 +12,7 @@ from fate_moe.cache.allocation import Regions
 from fate_moe.cache.table import Part
 from fate_moe.errors import ReadError
 from fate_moe.prefetch.mover import Mover
+from fate_moe.prefetch.parts import Parts
 from fate_moe.store.reader import Request
 from fate_moe.types import Choice, ExpertKey, Phase, Prediction
 from tests.fakes import FakeReader
@@ -128,6 +129,47 @@ def test_a_head_is_read_alone_and_made_whole_by_its_rest() -> None:
     assert telemetry.bytes_demand == 2 * RECORD == b.mover.link.bytes
     b.use(0, [1, 2], tokens=1)
     assert telemetry.total(Phase.DECODE).hits == 3
+    b.mover.close()
+
+
+def test_light_experts_are_low_only_where_they_are_not_whole() -> None:
+    b = Bench(capacities=(6, 6))
+    b.use(0, [1, 2, 3], low=[2])
+
+    def light(*experts: int) -> dict[int, bool]:
+        with b.mover.lease(Choice(0, experts, light=frozenset([1, 2, 4, 9]))) as arriving:
+            return {expert: low for expert, _, low in chain.from_iterable(arriving)}
+
+    # Whole in its slot, its head there, not light, nothing there:
+    assert light(1, 2, 3, 4) == {1: False, 2: True, 3: False, 4: True}
+    assert b.parts(0, 4) == [(0, HEAD)]
+    counts = b.mover.telemetry.total(Phase.DECODE)
+    assert (counts.requests, counts.hits, counts.misses, counts.low) == (4, 3, 1, 2)
+    b.use(0, [4], tokens=1)  # now it is needed whole
+    assert light(4) == {4: False}
+    assert b.parts(0, 4) == [(0, HEAD), (HEAD, RECORD - HEAD)]
+    b.mover.close()
+
+
+def test_a_light_expert_that_is_on_its_way_whole_is_waited_for() -> None:
+    b = Bench()
+    b.reader.gate.clear()
+    b.mover.speculate(Prediction(0, (1,), 1))
+    while not b.mover._readers.reading:
+        pass
+    with b.mover.lease(Choice(0, [1, 2], light=frozenset([1, 2]))) as arriving:
+        b.reader.gate.set()
+        landed = {expert: low for expert, _, low in chain.from_iterable(arriving)}
+    assert landed == {1: False, 2: True}
+    assert (b.parts(0, 1), b.parts(0, 2)) == ([(0, RECORD)], [(0, HEAD)])
+    b.mover.close()
+
+
+def test_where_a_head_is_no_fewer_bytes_light_experts_are_whole() -> None:
+    b = Bench()
+    b.mover._parts = Parts([RECORD] * 2, [RECORD] * 2)
+    with b.mover.lease(Choice(0, [1], light=frozenset([1]))) as arriving:
+        assert [low for _, _, low in chain.from_iterable(arriving)] == [False]
     b.mover.close()
 
 
