@@ -7,6 +7,7 @@ environment or a file.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field, fields, replace
 
@@ -123,7 +124,8 @@ class ComputeConfig:
         int2_share: most tokens of a step, as a share of 1, that the tail may take.
         int2_on_miss: in decode, chosen experts whose share of a token's router weights is below
             this, as a share of 1, are computed from two bits where not all of them is in memory.
-        exact: nothing is chosen by what is in memory; forbids int2_on_miss.
+        routing_bias: in decode, added to the router's logits of experts that are in memory.
+        exact: nothing is chosen by what is in memory; forbids int2_on_miss and routing_bias.
     """
 
     compute: str = "auto"
@@ -132,6 +134,7 @@ class ComputeConfig:
     int2: str = "never"
     int2_share: float = 0.25
     int2_on_miss: float = 0.0
+    routing_bias: float = 0.0
     exact: bool = False
 
     def __post_init__(self) -> None:
@@ -145,11 +148,19 @@ class ComputeConfig:
             raise ConfigError(f"int2_share: have {self.int2_share}, need 0 to 1")
         if not 0 <= self.int2_on_miss <= 1:
             raise ConfigError(f"int2_on_miss: have {self.int2_on_miss}, need 0 to 1")
+        if not 0 <= self.routing_bias < math.inf:
+            raise ConfigError(f"routing_bias: have {self.routing_bias}, need 0 or more")
         if self.exact and self.int2_on_miss:
-            raise ConfigError(
-                f"exact: with int2_on_miss {100 * self.int2_on_miss:g}% the answer would depend on "
-                "what is in memory; leave out one of --exact and --int2-on-miss"
-            )
+            raise self._is_not_exact(f"int2_on_miss {100 * self.int2_on_miss:g}%", "--int2-on-miss")
+        if self.exact and self.routing_bias:
+            raise self._is_not_exact(f"routing_bias {self.routing_bias:g}", "--routing-bias")
+
+    @staticmethod
+    def _is_not_exact(what: str, option: str) -> ConfigError:
+        return ConfigError(
+            f"exact: with {what} the answer would depend on what is in memory; leave out one of "
+            f"--exact and {option}"
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ class Counts:
     """Sums over requests; `saved` = requests served by a guess, resident or in flight.
 
     `partial`: of the misses, those of which the INT2 head was there. `low`: of the requests, those
-    that are computed from it.
+    that are computed from it; `rerouted`: those that the router chose only for being there.
 
     `recall_hit / recall_of` is recall at the full width of the guess, `core_hit / recall_of` at
     the router's own top-k width.
@@ -37,6 +37,7 @@ class Counts:
     saved: int = 0
     partial: int = 0
     low: int = 0
+    rerouted: int = 0
     recall_of: int = 0
     recall_hit: int = 0
     core_hit: int = 0
@@ -175,6 +176,7 @@ class Report:
     late: int
     misses: int
     low: int
+    rerouted: int
     hit_rate: float | None
     recall: float | None
     recall_top_k: float | None
@@ -233,7 +235,8 @@ class Report:
                 "requests",
                 f"{self.requests} = {self.hits} hits + {self.late} late + {self.misses} misses "
                 f"(hit rate {percent(self.hit_rate)})"
-                + (f", {self.low} in two bits" if self.low else ""),
+                + (f", {self.low} in two bits" if self.low else "")
+                + (f", {self.rerouted} rerouted" if self.rerouted else ""),
             ),
             (
                 "prediction",
@@ -288,6 +291,7 @@ def counts_json(counts: Counts) -> dict[str, object]:
         "late": counts.late,
         "misses": counts.misses,
         "low": counts.low,
+        "rerouted": counts.rerouted,
         "hit_rate": counts.hit_rate,
         "recall": counts.recall,
         "recall_top_k": counts.recall_top_k,

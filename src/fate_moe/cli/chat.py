@@ -41,6 +41,7 @@ def chat(
     dtype: options.Dtype = None,
     int2_share: options.Int2Share = None,
     int2_on_miss: options.Int2OnMiss = None,
+    routing_bias: options.RoutingBias = None,
     exact: options.Exact = False,
     threads: options.Threads = None,
     io_threads: options.IoThreads = None,
@@ -65,7 +66,7 @@ def chat(
         predictor=predictor,
         percentile=percentile, window=window, cache=cache, allocation=allocation,
         compute=compute, dtype=dtype, **options.two_bits(int2_share),
-        **options.in_decode(int2_on_miss, exact),
+        **options.in_decode(int2_on_miss, routing_bias, exact),
         threads=threads, io_threads=io_threads, verify=verify,
     )  # fmt: skip
     try:

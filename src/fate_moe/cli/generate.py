@@ -76,6 +76,7 @@ def generate(
     dtype: options.Dtype = None,
     int2_share: options.Int2Share = None,
     int2_on_miss: options.Int2OnMiss = None,
+    routing_bias: options.RoutingBias = None,
     exact: options.Exact = False,
     threads: options.Threads = None,
     io_threads: options.IoThreads = None,
@@ -108,7 +109,7 @@ def generate(
         predictor=predictor,
         percentile=percentile, window=window, cache=cache, allocation=allocation,
         compute=compute, dtype=dtype, **options.two_bits(int2_share),
-        **options.in_decode(int2_on_miss, exact),
+        **options.in_decode(int2_on_miss, routing_bias, exact),
         threads=threads, io_threads=io_threads, verify=verify,
     )  # fmt: skip
     try:

@@ -35,13 +35,13 @@ def two_bits(share: str | None) -> dict[str, object]:
     return {"int2": "tail", "int2_share": _share(share, "int2-share")}
 
 
-def in_decode(on_miss: str | None, exact: bool) -> dict[str, object]:
-    """Read `--int2-on-miss` and `--exact` as settings of `make_config`.
+def in_decode(on_miss: str | None, bias: float | None, exact: bool) -> dict[str, object]:
+    """Read `--int2-on-miss`, `--routing-bias` and `--exact` as settings of `make_config`.
 
     Raises:
         ConfigError: one is bad, or they exclude each other.
     """
-    settings: dict[str, object] = {"exact": exact}
+    settings: dict[str, object] = {"exact": exact, "routing_bias": bias}
     if on_miss is not None:
         settings["int2_on_miss"] = _share(on_miss, "int2-on-miss")
     make_config(DEFAULT_POLICY, **settings)  # before a model is loaded or fetched
@@ -190,13 +190,24 @@ Int2OnMiss = Annotated[
         "answer that depends on what is in memory. Default: none.",
     ),
 ]
+RoutingBias = Annotated[
+    float | None,
+    typer.Option(
+        "--routing-bias",
+        metavar="X",
+        rich_help_panel=STAGES,
+        help="While an answer is written, add this to the router's logits of the experts that are "
+        "in memory before it takes the k largest: fewer misses, and an answer that depends on what "
+        "is in memory. Only for routers that take a softmax. Default: 0.",
+    ),
+]
 Exact = Annotated[
     bool,
     typer.Option(
         "--exact",
         rich_help_panel=STAGES,
         help="The answer does not depend on what is in memory, and `mode` says so: the default; "
-        "refuses --int2-on-miss.",
+        "refuses --int2-on-miss and --routing-bias.",
     ),
 ]
 Dtype = Annotated[

@@ -27,12 +27,14 @@ from fate_moe.memory.device import DeviceArena
 from fate_moe.models.kv_cache import chunks_continue
 from fate_moe.models.load import load_residents
 from fate_moe.models.quantized import use_native
+from fate_moe.models.routing_bias import routing_biases
 from fate_moe.models.seam import MoESite
 from fate_moe.moe import MoELayer
 from fate_moe.predict import Known, Predictor, make_predictor
 from fate_moe.predict.ridge import FittedRouter
 from fate_moe.prefetch.mover import Mover
 from fate_moe.prefetch.passing import Passing
+from fate_moe.prefetch.there import There
 from fate_moe.store.fitted import STAGES, Map, read_fitted
 from fate_moe.store.reader import FileReader, RecordReader
 from fate_moe.telemetry import peak_rss_bytes
@@ -88,6 +90,8 @@ def build(
         use_native(model, natively)
         if natively:
             _fuse(model, blueprint.context_tokens)
+        is_biased = _bias_routers(blueprint, sites, mover)
+        if natively and not is_biased:  # a run passes hooks over
             _fuse_runs(model, sites, layers, partial(Passing, mover, predictor.learn))
         _preload(blueprint, regions, mover, progress)
     except BaseException:
@@ -154,6 +158,24 @@ def _router_of(
         return None
     weight, bias = (torch.from_numpy(part).to(device) for part in (one.weight, one.bias))
     return FittedRouter(weight, bias, top_k, is_normed=stage == "late")
+
+
+def _bias_routers(blueprint: Blueprint, sites: list[MoESite], mover: Mover) -> bool:
+    """Let routers prefer what is in memory if that was asked for; say whether they do."""
+    bias = blueprint.config.compute.routing_bias
+    if not bias:
+        return False
+    family = str(blueprint.skeleton.config.model_type)
+    there = [There(mover, layer, site.num_experts) for layer, site in enumerate(sites)]
+    hooks = routing_biases(
+        sites, there, bias,
+        family=family, hidden=blueprint.skeleton.hidden, dtype=blueprint.dtype,
+    )  # fmt: skip
+    if blueprint.holds_all:
+        return False  # no choice changes
+    for site, hook in zip(sites, hooks, strict=True):
+        site.after_router(hook)
+    return True
 
 
 def _fuse(model: Any, tokens: int) -> None:

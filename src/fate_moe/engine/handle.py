@@ -104,6 +104,12 @@ class Engine:
                 f"in decode experts below {100 * compute.int2_on_miss:g}% of a token's router "
                 "weights computed from two bits where not whole in memory"
             )
+        if compute.routing_bias:
+            parts.append(
+                f"in decode the routers' logits of experts in memory raised by "
+                f"{compute.routing_bias:g}"
+                + (" (no effect: every expert has a slot)" if self.blueprint.holds_all else "")
+            )
         if not parts:
             return ["exact: the answer does not depend on what is in memory"]
         return [*parts, "the answer depends on what is in memory"]
@@ -142,6 +148,7 @@ class Engine:
             late=total.late,
             misses=total.misses,
             low=total.low,
+            rerouted=total.rerouted,
             hit_rate=total.hit_rate,
             recall=total.recall,
             recall_top_k=total.recall_top_k,

@@ -174,6 +174,11 @@ class MoESite:
             hook = _gate_input_hook(before_router)
             self.router.register_forward_pre_hook(hook, with_kwargs=True)
 
+    def after_router(self, hook: Callable[..., Any]) -> None:
+        """Let the model hand what the router returns to a forward hook, which may change it."""
+        if self.router is not None:
+            self.router.register_forward_hook(hook)
+
     def watch_layer(self, before_layer: Callable[[Tensor], None]) -> None:
         """Let the model call `before_layer` with what enters the decoder layer, [.., D]."""
         if self.layer is not None:

@@ -63,6 +63,15 @@ def test_two_bits_on_a_miss_are_asked_for_and_named_and_exact_forbids_them(store
         refused(fate("generate", store, "-p", "x", "--int2-on-miss", wrong), "int2-on-miss: ")
 
 
+def test_a_routing_bias_is_asked_for_and_named_and_exact_forbids_it(store: str) -> None:
+    ask = ("generate", store, "-p", "hello", "-n", "9", "--experts", "50%", "--allocation", "even")
+    data = json.loads(fate(*ask, "--routing-bias", "99.5", "--json").stdout)
+    assert "logits of experts in memory raised by 99.5" in data["mode"]
+    assert data["rerouted"] == data["phases"]["decode"]["rerouted"] > 0
+    refused(fate(*ask, "--routing-bias", "1", "--exact"), "--exact and --routing-bias")
+    refused(fate(*ask, "--routing-bias", "-1"), "routing_bias: have -1.0, need 0 or more")
+
+
 @pytest.fixture
 def store(tiny_store: Path) -> str:
     return str(tiny_store)

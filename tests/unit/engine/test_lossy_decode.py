@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fate_moe.cache.table import Part
 from fate_moe.config import make_config
+from fate_moe.engine.build import build
 from fate_moe.engine.handle import Engine
 from fate_moe.engine.plan import draw
 from fate_moe.engine.prepare import convert_model
@@ -17,6 +18,7 @@ from fate_moe.errors import ConfigError
 from fate_moe.types import ExpertKey, Phase
 from tests import tiny
 from tests.conftest import Open
+from tests.families.exact import save_published
 
 PROMPT, TOKENS = torch.arange(3, 30)[None], 24
 SMALL = {"policy": "demand", "experts": "25%"}
@@ -88,12 +90,12 @@ class Watched:
 def test_off_by_default_and_to_the_bit(wide_store: Path, open_engine: Open, compute: str) -> None:
     resident = open_engine(wide_store, policy="resident", compute=compute)
     want = answer(resident)
-    for choices in ({}, {"exact": True}, {"int2_on_miss": 0.0}):
+    for choices in ({}, {"exact": True}, {"int2_on_miss": 0.0, "routing_bias": 0.0}):
         engine = open_engine(wide_store, compute=compute, **SMALL, **choices)
         assert same(answer(engine), want)
         report = engine.report()
         assert report.misses > 0
-        assert report.low == 0
+        assert report.low == report.rerouted == 0
         assert report.mode.endswith("exact: the answer does not depend on what is in memory")
 
 
@@ -153,3 +155,58 @@ def test_exact_forbids_what_is_not() -> None:
     make_config(exact=True, int2="tail")  # prompts have their own switch
     with pytest.raises(ConfigError, match=r"exact: with int2_on_miss 12\.5%"):
         make_config(exact=True, int2_on_miss=0.125)
+    with pytest.raises(ConfigError, match=r"exact: with routing_bias 0\.5 .*--routing-bias"):
+        make_config(exact=True, routing_bias=0.5)
+
+
+@pytest.mark.parametrize("compute", ["eager", "native"])
+@pytest.mark.parametrize("policy", ["demand", "tuned"])
+def test_a_bias_finds_more_experts_in_memory(
+    wide_store: Path, open_engine: Open, compute: str, policy: str
+) -> None:
+    choices: dict[str, Any] = {
+        "policy": policy, "experts": "40%", "allocation": "even", "compute": compute,
+    }  # fmt: skip
+    exact = open_engine(wide_store, **choices)
+    want = answer(exact)
+    plain = exact.report()
+    found = []
+    for bias in (2.0, 1e6):
+        engine = open_engine(wide_store, routing_bias=bias, **choices)
+        have = answer(engine)
+        assert torch.equal(have[0], want[0])  # the prompt
+        assert not same(have, want)
+        report = engine.report()
+        assert report.requests == plain.requests
+        assert report.rerouted > 0
+        assert f", {report.rerouted} rerouted" in dict(report.rows())["requests"]
+        assert f"logits of experts in memory raised by {bias:g}; the answer dep" in report.mode
+        found.append(report)
+    some, most = found
+    assert plain.misses > some.misses > most.misses
+    moved = [one.bytes_demand + one.bytes_speculated for one in (plain, some, most)]
+    assert policy == "tuned" or moved == sorted(moved, reverse=True)
+    assert most.misses == 0  # each layer has more slots than a token takes
+
+
+def test_a_bias_changes_nothing_where_every_expert_has_a_slot(
+    wide_store: Path, open_engine: Open
+) -> None:
+    want = answer(open_engine(wide_store, policy="resident"))
+    engine = open_engine(wide_store, policy="resident", routing_bias=1e6)
+    assert same(answer(engine), want)
+    assert engine.report().rerouted == 0
+    assert "raised by 1e+06 (no effect: every expert has a slot)" in engine.mode
+
+
+def test_routers_without_a_softmax_are_refused(tmp_path: Path) -> None:
+    save_published("glm4_moe", tmp_path / "checkpoint")
+    convert_model(str(tmp_path / "checkpoint"), tmp_path / "store", cache_dir=tmp_path)
+    with pytest.raises(ConfigError, match="routing_bias: the routers of glm4_moe do not take"):
+        build(tmp_path / "store", make_config(experts="50%", routing_bias=0.5))
+
+
+@pytest.mark.parametrize("bias", [-0.1, float("inf"), float("nan")])
+def test_bad_biases_are_refused(bias: float) -> None:
+    with pytest.raises(ConfigError, match="routing_bias: have .* need 0 or more"):
+        make_config(routing_bias=bias)
