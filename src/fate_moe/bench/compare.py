@@ -33,6 +33,7 @@ class Setting:
         fitted: scales fitted (True) or plain min-max.
         int2: which experts are computed from two bits.
         int2_share: most tokens of a prompt that the tail of them takes.
+        int2_on_miss, routing_bias: of decode, see `ComputeConfig`.
         says: what the table's reader should know.
     """
 
@@ -40,6 +41,8 @@ class Setting:
     fitted: bool = True
     int2: str = "never"
     int2_share: float = 0.25
+    int2_on_miss: float = 0.0
+    routing_bias: float = 0.0
     says: str = ""
 
 
@@ -53,6 +56,8 @@ SETTINGS = {
     "int2": Setting(4, int2="always", says="the high 2 bits of the 4-bit experts"),
     "hybrid": Setting(4, int2="tail", says="in prefill the least popular experts in 2 bits"),
 }
+WITH_VALUE = "hybrid@10%", "on-miss@10%", "bias@0.5"
+"""Examples of settings that need, or may have, a value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,19 +82,37 @@ class Models:
 def setting_of(name: str) -> Setting:
     """Return the setting of a name; `hybrid@10%` is hybrid with that share of the tokens.
 
+    `on-miss@10%` and `bias@0.5` are `int4` with int2_on_miss and routing_bias.
+
     Raises:
         ConfigError: there is none.
     """
-    base, _, text = name.partition("@")
     if name in SETTINGS:
         return SETTINGS[name]
-    if base != "hybrid":
-        raise ConfigError(f"compare: {name!r:.40} is none of {', '.join(SETTINGS)}")
+    base, _, text = name.partition("@")
+    if base == "hybrid":
+        share = _share(name, text)
+        says = f"in prefill the least popular experts, up to {share:.0%} of the tokens, in 2 bits"
+        return replace(SETTINGS["hybrid"], int2_share=share, says=says)
+    if base == "on-miss":
+        share = _share(name, text)
+        says = f"in decode, what misses and weighs below {100 * share:g}%, in 2 bits"
+        return Setting(4, int2_on_miss=share, says=says)
+    if base == "bias":
+        try:
+            bias = make_config(routing_bias=float(text)).compute.routing_bias
+        except (ValueError, ConfigError):
+            raise ConfigError(f"compare: {name!r:.40}: need a number such as bias@0.5") from None
+        says = f"in decode, logits of experts in memory raised by {bias:g}"
+        return Setting(4, routing_bias=bias, says=says)
+    raise ConfigError(f"compare: {name!r:.40} is none of {', '.join((*SETTINGS, *WITH_VALUE))}")
+
+
+def _share(name: str, text: str) -> float:
     share = parse_size(text, f"compare: {name!r:.40}").share
     if share is None:
-        raise ConfigError(f"compare: {name!r:.40}: need a share such as hybrid@10%")
-    says = f"in prefill the least popular experts, up to {share:.0%} of the tokens, in 2 bits"
-    return replace(SETTINGS["hybrid"], int2_share=share, says=says)
+        raise ConfigError(f"compare: {name!r:.40}: need a share such as {WITH_VALUE[0]}")
+    return share
 
 
 def check_names(names: Sequence[str]) -> None:
@@ -194,6 +217,8 @@ def run_one(
         **{
             "int2": setting.int2,
             "int2_share": setting.int2_share,
+            "int2_on_miss": setting.int2_on_miss,
+            "routing_bias": setting.routing_bias,
             "scored_tokens": SCORED_TOKENS,
             **(models.settings or {}),
         },

@@ -60,7 +60,7 @@ def _share_of(text: str) -> float:
 
 _CHANGES: dict[str, Callable[[str], object]] = {
     "predictor": str, "cache": str, "allocation": str, "shallow_layers": int, "percentile": float,
-    "window": int, "int2_share": _share_of,
+    "window": int, "int2_share": _share_of, "int2_on_miss": _share_of, "routing_bias": float,
 }  # fmt: skip
 
 

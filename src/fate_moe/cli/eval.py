@@ -95,7 +95,8 @@ Compare = Annotated[
         metavar="LIST", rich_help_panel=MEASURES,
         help="Settings side by side, against the original: int8, int4, int4-minmax (plain scales), "
         "int2 (the high bits of int4), hybrid (in prefill the least popular experts in int2), "
-        "hybrid@10% (up to that share of the tokens). "
+        "hybrid@10% (up to that share of the tokens); with --continuation also on-miss@10% and "
+        "bias@0.5 (--int2-on-miss and --routing-bias). "
         "Stores of 8 and 16 bits are made in the cache folder.",
     ),
 ]  # fmt: skip

@@ -41,8 +41,8 @@ PolicyList = Annotated[
     typer.Option(
         "--policies", metavar="LIST", rich_help_panel=WHAT,
         help="Policies, in turns; tuned+cache=arc is one with a setting changed (predictor, cache, "
-        "allocation, shallow_layers, percentile, window, int2_share), and ablation stands for the "
-        "default one without each of its parts.",
+        "allocation, shallow_layers, percentile, window, int2_share, int2_on_miss, routing_bias), "
+        "and ablation stands for the default one without each of its parts.",
     ),
 ]  # fmt: skip
 Budgets = Annotated[

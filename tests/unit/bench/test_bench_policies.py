@@ -323,6 +323,11 @@ def test_a_policy_with_settings_changed() -> None:
     for wrong in ("5MiB", "300%", "some"):
         with pytest.raises(ConfigError, match="int2_share"):
             parse_policy(f"tuned+int2_share={wrong}")
+    lossy = {"int2_on_miss": 0.15, "routing_bias": 0.5}
+    assert parse_policy("demand+int2_on_miss=15%+routing_bias=0.5") == ("demand", lossy)
+    for wrong in ("int2_on_miss=5MiB", "routing_bias=some", "routing_bias=-1"):
+        with pytest.raises(ConfigError, match=wrong.partition("=")[0]):
+            parse_policy(f"tuned+{wrong}")
     for name in ABLATION:
         assert parse_policy(name)[0] in ("demand", "tuned", "fate")
 

@@ -62,6 +62,23 @@ def test_shares_of_a_hybrid_are_settings_of_their_own(models: Models, seen: list
             check_names([wrong])
 
 
+def test_what_depends_on_memory_in_decode_is_a_setting_of_its_own(
+    models: Models, seen: list[Config]
+) -> None:
+    names = ["int4", "on-miss@12.5%", "bias@99.5"]
+    found = compare(models, names, replace(WANTED, written_tokens=8), no_progress)
+    assert [c.compute.int2_on_miss for c in seen[1:]] == [0.0, 0.125, 0.0]
+    assert [c.compute.routing_bias for c in seen[1:]] == [0.0, 0.0, 99.5]
+    assert found["bias@99.5"].report.rerouted > 0
+    assert found["bias@99.5"].kl != found["int4"].kl
+    table = present.markdown(found)
+    assert "what misses and weighs below 12.5%, in 2 bits" in table
+    assert "logits of experts in memory raised by 99.5" in table
+    for wrong in ("on-miss", "on-miss@0.1", "bias", "bias@much", "bias@-1", "bias@inf"):
+        with pytest.raises(ConfigError, match=f"compare: '{wrong}"):
+            check_names([wrong])
+
+
 def test_progress_names_the_setting(models: Models) -> None:
     told: set[str] = set()
     found = compare(models, ["int2"], WANTED, lambda what, done, total: told.add(what))
