@@ -6,7 +6,8 @@
 POLICY@N reads the prompt in chunks of N tokens, as engines did that knew nothing of long ones;
 without it a chunk is as long as the plan allows. The first policy is what the others are compared
 with, round by round. Every engine of a budget is open at once, and each round begins with another
-one. Random tokens: a chunk needs nearly all experts, whatever the words. Leave the machine alone meanwhile, and set OMP_WAIT_POLICY=PASSIVE.
+one. Random tokens: a chunk needs nearly all experts, whatever the words. Leave the machine alone
+meanwhile, and set OMP_WAIT_POLICY=PASSIVE.
 """
 
 from __future__ import annotations

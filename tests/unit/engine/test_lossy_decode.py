@@ -15,7 +15,7 @@ from fate_moe.engine.handle import Engine
 from fate_moe.engine.plan import draw
 from fate_moe.engine.prepare import convert_model
 from fate_moe.errors import ConfigError
-from fate_moe.types import ExpertKey, Phase
+from fate_moe.types import Choice, ExpertKey, Phase, Prediction
 from tests import tiny
 from tests.conftest import Open
 from tests.families.exact import save_published
@@ -61,6 +61,16 @@ class Watched:
         self.steps: list[tuple[dict[int, float], dict[int, bool]]] = []
         for layer in engine.layers:
             layer.experts = self._around(layer.experts, layer.layer, engine)
+            layer.observer = self  # so that no layer is passed
+
+    def asked(self, layer: int, gate_input: Tensor, guess: Prediction | None) -> None:
+        pass
+
+    def sharpened(self, guess: Prediction) -> None:
+        pass
+
+    def chose(self, choice: Choice) -> None:
+        pass
 
     def _around(self, experts: Any, number: int, engine: Engine) -> Any:
         def watching(x: Tensor, ids: Tensor, weights: Tensor, arriving: Any) -> Tensor:

@@ -151,6 +151,35 @@ def test_experts_come_and_go_as_they_do_layer_by_layer(
     assert go(False) == go(True)
 
 
+def test_light_experts_that_miss_are_computed_in_two_bits_as_layer_by_layer(
+    open_engine: Any, tmp_path: Path, computed: list[int]
+) -> None:
+    # So wide that a head is fewer bytes than its record.
+    checkpoint = save_checkpoint(tmp_path / "wide", moe_intermediate_size=128)
+    convert_model(str(checkpoint), tmp_path / "store", cache_dir=tmp_path)
+
+    def go(as_ever: bool) -> Any:
+        lossy = {"policy": "demand", "experts": "50%", "int2_on_miss": 0.35}
+        model = open_engine(tmp_path / "store", **lossy).model
+        computed.clear()
+        got = one_by_one(model, lambda: answer(model)) if as_ever else answer(model)
+        assert model.fate.mover.telemetry.total(Phase.DECODE).low > 0
+        return got
+
+    want = go(True)
+    assert not computed
+    assert same(go(False), want)
+    assert len(computed) == NEW - TOO_EARLY
+
+
+def test_where_routers_prefer_what_is_in_memory_layers_are_no_run(
+    open_engine: Any, tiny_store: Path
+) -> None:
+    biased = {"policy": "demand", "routing_bias": 1e6}
+    assert not run_layers(open_engine(tiny_store, experts="50%", **biased).model)
+    assert run_layers(open_engine(tiny_store, experts="100%", **biased).model)
+
+
 def test_layers_that_miss_nothing_are_passed(
     open_engine: Any, tiny_store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
