@@ -30,6 +30,7 @@ from fate_moe.engine.build import build
 from fate_moe.engine.demands import chunk_sizes
 from fate_moe.engine.handle import Engine
 from fate_moe.engine.prepare import default_cache_dir, find_store
+from fate_moe.errors import FateError
 from fate_moe.models.kv_cache import new_cache
 from fate_moe.types import Phase, no_progress
 
@@ -55,7 +56,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--policies", default="demand@512,demand,tuned", help="POLICY[@N],...")
     parser.add_argument("--tokens", type=int, default=4096, help="length of the prompt")
     parser.add_argument("--rounds", type=int, default=3, help="prompts that count, after one")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.rounds < 1 or args.tokens < 1:
+        parser.error("--rounds and --tokens: need 1 or more")
+    return args
 
 
 def open_engine(store: Path, policy: str, experts: str, bytes_s: float | None, most: int) -> Engine:
@@ -138,6 +142,15 @@ def _row(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = parse_args(argv)
+    try:
+        _print_table(args)
+    except FateError as error:
+        print(f"error: {error}")
+        return 2
+    return 0
+
+
+def _print_table(args: argparse.Namespace) -> None:
     store = find_store(args.model, cache_dir=default_cache_dir(), progress=no_progress)
     rows = [row for experts in args.experts.split(",") for row in measure(store, experts, args)]
     titles = (
@@ -146,13 +159,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "tokens/s",
         "to the first",
         "waiting",
-        "of the link",
+        "link used",
         "GiB",
         "needed",
     )
     print(f"\n| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
     print("\n".join(rows))
-    return 0
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ SETTINGS = {
     "int2": Setting(4, int2="always", says="the high 2 bits of the 4-bit experts"),
     "hybrid": Setting(4, int2="tail", says="in prefill the least popular experts in 2 bits"),
 }
-WITH_VALUE = "hybrid@10%", "on-miss@10%", "bias@0.5"
+WITH_VALUE = "hybrid@10%", "on-miss@17%", "bias@0.01"
 """Examples of settings that need, or may have, a value."""
 
 
@@ -82,7 +82,7 @@ class Models:
 def setting_of(name: str) -> Setting:
     """Return the setting of a name; `hybrid@10%` is hybrid with that share of the tokens.
 
-    `on-miss@10%` and `bias@0.5` are `int4` with int2_on_miss and routing_bias.
+    `on-miss@17%` and `bias@0.01` are `int4` with int2_on_miss and routing_bias.
 
     Raises:
         ConfigError: there is none.
@@ -102,7 +102,7 @@ def setting_of(name: str) -> Setting:
         try:
             bias = make_config(routing_bias=float(text)).compute.routing_bias
         except (ValueError, ConfigError):
-            raise ConfigError(f"compare: {name!r:.40}: need a number such as bias@0.5") from None
+            raise ConfigError(f"compare: {name!r:.40}: need a number such as bias@0.01") from None
         says = f"in decode, logits of experts in memory raised by {bias:g}"
         return Setting(4, routing_bias=bias, says=says)
     raise ConfigError(f"compare: {name!r:.40} is none of {', '.join((*SETTINGS, *WITH_VALUE))}")
@@ -111,18 +111,26 @@ def setting_of(name: str) -> Setting:
 def _share(name: str, text: str) -> float:
     share = parse_size(text, f"compare: {name!r:.40}").share
     if share is None:
-        raise ConfigError(f"compare: {name!r:.40}: need a share such as {WITH_VALUE[0]}")
+        example = next(one for one in WITH_VALUE if one.startswith(name.partition("@")[0]))
+        raise ConfigError(f"compare: {name!r:.40}: need a share such as {example}")
     return share
 
 
-def check_names(names: Sequence[str]) -> None:
+def check_names(names: Sequence[str], is_written: bool) -> None:
     """Check names of settings.
 
+    Args:
+        is_written: whether anything is written token by token, after a prompt.
     Raises:
-        ConfigError: one is unknown, or stands twice, or there is none.
+        ConfigError: one is unknown, or stands twice, or there is none; or would change nothing.
     """
     for name in names:
-        setting_of(name)
+        setting = setting_of(name)
+        if (setting.int2_on_miss or setting.routing_bias) and not is_written:
+            raise ConfigError(
+                f"compare: {name} concerns what is written, not prompts; add --continuation N or "
+                "--json-prompts"
+            )
     if not names or len(set(names)) != len(names):
         raise ConfigError(f"compare: need different names out of {', '.join(SETTINGS)}")
 
@@ -139,7 +147,7 @@ def compare(
     Raises:
         ConfigError: unknown names; FateError: as `fate_moe.load` and `evaluate`.
     """
-    check_names(names)
+    check_names(names, bool(wanted.written_tokens or wanted.json_prompts))
     found = {}
     with scratch_folder(models) as folder:
         reference = Reference(folder)

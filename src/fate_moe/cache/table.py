@@ -89,6 +89,7 @@ class ExpertTable:
         self._limits = list(regions.capacities)
         self._lenders: list[int] = []  # regions, one for each slot that is lent
         self.evictions = 0
+        self.is_kept = False  # nobody may leave a region now
         self._watchers: list[set[ExpertKey]] = []
         self.on_drop: Callable[[Entry], None] = lambda entry: None
         self._make_policy = make_policy
@@ -324,7 +325,7 @@ class ExpertTable:
 
     def _is_evictable(self, key: ExpertKey) -> bool:
         entry = self._entries[key]
-        return entry.resident and not entry.locks
+        return entry.resident and not entry.locks and not self.is_kept
 
     def _join_region(self, entry: Entry) -> None:
         self._policy(entry.key.layer).admit(entry.key)

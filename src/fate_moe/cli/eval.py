@@ -95,8 +95,8 @@ Compare = Annotated[
         metavar="LIST", rich_help_panel=MEASURES,
         help="Settings side by side, against the original: int8, int4, int4-minmax (plain scales), "
         "int2 (the high bits of int4), hybrid (in prefill the least popular experts in int2), "
-        "hybrid@10% (up to that share of the tokens); with --continuation also on-miss@10% and "
-        "bias@0.5 (--int2-on-miss and --routing-bias). "
+        "hybrid@10% (up to that share of the tokens); with --continuation also on-miss@17% and "
+        "bias@0.01 (--int2-on-miss and --routing-bias). "
         "Stores of 8 and 16 bits are made in the cache folder.",
     ),
 ]  # fmt: skip
@@ -158,7 +158,7 @@ def evaluate(
 
         progress("starting", 1, 1)
         if names is not None:
-            check_names(names)
+            check_names(names, is_written=bool(continuation) or json_prompts)
             _check_out(out)
         wanted = _tasks(text, tokens, sequence, continuation, questions, limit, json_prompts)
         settings = {

@@ -99,20 +99,21 @@ class Engine:
     def _in_decode(self) -> list[str]:
         compute = self.blueprint.config.compute
         parts = []
+        depends = bool(compute.int2_on_miss)
         if compute.int2_on_miss:
             parts.append(
                 f"in decode experts below {100 * compute.int2_on_miss:g}% of a token's router "
                 "weights computed from two bits where not whole in memory"
             )
         if compute.routing_bias:
+            depends = depends or not self.blueprint.holds_all
             parts.append(
                 f"in decode the routers' logits of experts in memory raised by "
                 f"{compute.routing_bias:g}"
                 + (" (no effect: every expert has a slot)" if self.blueprint.holds_all else "")
             )
-        if not parts:
-            return ["exact: the answer does not depend on what is in memory"]
-        return [*parts, "the answer depends on what is in memory"]
+        ending = "the answer depends" if depends else "exact: the answer does not depend"
+        return [*parts, f"{ending} on what is in memory"]
 
     @property
     def _computed(self) -> str:

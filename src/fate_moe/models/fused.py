@@ -16,11 +16,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from fate_moe.models.fused_attention import FusedAttention, fuse_attention
-from fate_moe.models.fused_block import fuse_block
-from fate_moe.models.fused_layer import fuse_layer, layers_of
-from fate_moe.models.fused_parts import fuse_part
+from fate_moe.models.fused_block import FusedBlock, fuse_block
+from fate_moe.models.fused_layer import FusedLayer, fuse_layer, layers_of
+from fate_moe.models.fused_parts import (
+    FusedDense,
+    FusedLinear,
+    FusedNorm,
+    FusedRouter,
+    fuse_part,
+)
 from fate_moe.models.fused_step import Positions
 from fate_moe.models.seam import find_experts
+from fate_moe.models.turnstile import Turnstile
 
 _log = logging.getLogger(__name__)
 
@@ -65,8 +72,19 @@ def fuse(model: nn.Module, tokens: int) -> dict[str, int]:
             module.forward = part[1].forward
             counts[part[0]] += 1
             inner.update(getattr(part[1], "projections", ()))
+    _let_in_one_thread(model)
     _log.debug("computed in one native call each: %s", dict(counts))
     return dict(counts)
+
+
+def _let_in_one_thread(model: nn.Module) -> None:
+    """Guard all feed-forwards by one turnstile: a run takes all of them for a token anyway."""
+    alone = Turnstile()
+    for module in model.modules():
+        fused = getattr(module.__dict__.get("forward"), "__self__", None)
+        dense = fused.shared if isinstance(fused, FusedBlock) else fused
+        if isinstance(dense, FusedDense):
+            dense.alone = alone
 
 
 def _rotaries(model: nn.Module) -> list[int]:
@@ -77,9 +95,6 @@ def _rotaries(model: nn.Module) -> list[int]:
 
 def unfuse(model: nn.Module) -> None:
     """Give every module its own forward back."""
-    from fate_moe.models.fused_block import FusedBlock
-    from fate_moe.models.fused_layer import FusedLayer
-    from fate_moe.models.fused_parts import FusedDense, FusedLinear, FusedNorm, FusedRouter
     from fate_moe.models.fused_run import RunLayer
 
     kinds = (

@@ -53,8 +53,8 @@ class FusedBlock:
             _, weights, ids = self.router(x)
             return self.experts.forward(x, ids, weights).view(hidden_states.shape)
         extra: list[Tensor] = []
+        self.shared.start(x)
         try:
-            self.shared.start(x)
             _, weights, ids = self.router(x)
             out = self.experts.forward(
                 x, ids, weights, beside=lambda: extra.append(self.shared.finish())

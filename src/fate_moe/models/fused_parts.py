@@ -187,23 +187,29 @@ class FusedDense:
         Waits while another thread is between `start` and `finish`.
         """
         self.alone.enter()
-        if x.numel() == self.width:
-            self.block.start(x.data_ptr())
-        self._x = x
+        try:
+            self._x = x
+            if x.numel() == self.width:
+                self.block.start(x.data_ptr())
+        except BaseException:
+            self._end()
+            raise
 
     def finish(self) -> Tensor:
         """Return what was started, [.., D]."""
-        x = self._x
-        out = torch.empty_like(x)
-        if x.numel() == self.width:
-            self.block.finish(out.data_ptr())
-        else:
-            self.block.many(x.data_ptr(), x.numel() // self.width, out.data_ptr())
-        self._end()
-        return out
+        try:
+            x = self._x
+            out = torch.empty_like(x)
+            if x.numel() == self.width:
+                self.block.finish(out.data_ptr())
+            else:
+                self.block.many(x.data_ptr(), x.numel() // self.width, out.data_ptr())
+            return out
+        finally:
+            self._end()
 
     def drop(self) -> None:
-        """Forget what was started and not finished, once no core computes with it."""
+        """Forget what this thread started and did not finish, once no core computes with it."""
         if self._x.numel() == self.width:
             self.finish()
         else:

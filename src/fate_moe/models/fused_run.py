@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -164,7 +165,8 @@ class FusedRun:
         # One token at a time is on its way, and nobody else computes with the same shared experts.
         parts = [one.feed_forward for one in layers]
         denses = [one.block.shared if isinstance(one, Sparse) else one for one in parts]
-        self._turnstiles = [Turnstile(), *(one.alone for one in denses if one is not None)]
+        alone = dict.fromkeys(one.alone for one in denses if one is not None)
+        self._turnstiles = list(alone) or [Turnstile()]
         (k,) = {part.router.k for part in self._sparse.values()}
         self._normed = torch.empty(1, layers[0].layer.width)
         self._ids = torch.empty(len(layers), k, dtype=torch.long)
@@ -221,13 +223,11 @@ class FusedRun:
             return None
         if not positions.sees_all(call.mask, rows[0][3] + 1):
             return None
-        try:
+        with ExitStack() as stack:
             for one in self._turnstiles:
+                stack.callback(one.leave)
                 one.enter()
             out = self._go(x, turn, rows)
-        finally:
-            for one in self._turnstiles:
-                one.leave()
         for row in found:
             if row is not None:
                 row[0].take()

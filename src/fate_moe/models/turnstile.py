@@ -1,7 +1,7 @@
 """Who may use memory that one call begins with and a later one ends with?
 
 One thread at a time; others wait. An interrupt may come before a thread has left: it is let in
-again, and leaves for good the next time, so nobody is kept out by it for long.
+again, and leaves for good the next time that it computes.
 """
 
 from __future__ import annotations
@@ -9,7 +9,10 @@ from __future__ import annotations
 import threading
 
 from fate_moe.errors import CacheError
-from fate_moe.prefetch.lease import POLL_S
+
+PATIENCE_S = 600.0
+"""Whoever is inside may read a whole token's experts from a slow disk; it gives up by itself when
+nothing comes in."""
 
 
 class Turnstile:
@@ -23,10 +26,10 @@ class Turnstile:
         """Wait until nobody else is inside.
 
         Raises:
-            CacheError: somebody has been for a minute.
+            CacheError: somebody has been for ten minutes.
         """
-        if not self._lock.acquire(timeout=POLL_S):
-            raise CacheError(f"another thread has been computing for over {POLL_S:.0f} s")
+        if not self._lock.acquire(timeout=PATIENCE_S):
+            raise CacheError(f"another thread has been computing for over {PATIENCE_S:.0f} s")
 
     def leave(self) -> None:
         """Let the next one in, however often this thread came in; nothing if it is not inside."""

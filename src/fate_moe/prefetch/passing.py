@@ -1,8 +1,9 @@
 """Which layers does a token pass without a lease of their own?
 
 Those whose chosen experts are all resident already. While tokens pass, the mover is held as by a
-lease: nobody may leave its slot. What a lease would have told the table, the counts and the clock
-is told afterwards, layer by layer, in the same order.
+lease, and nobody leaves a region, not even for another thread's prompt that wants to borrow slots.
+What a lease would have told the table, the counts and the clock is told afterwards, layer by layer,
+in the same order.
 """
 
 from __future__ import annotations
@@ -79,6 +80,7 @@ class Passing:
                 mine = [key for key in self._moved if key.layer in self._experts]
                 place([(key, _slot(table.get(key))) for key in mine])
                 self._moved.clear()
+                table.is_kept = True
         except BaseException:
             self._mover.end_lease()
             raise
@@ -87,6 +89,7 @@ class Passing:
         """Let go, and book the layers that were passed since `open`."""
         try:
             with self._mover.section:
+                self._mover.table.is_kept = False
                 for one in passed:
                     self._book(one)
         finally:

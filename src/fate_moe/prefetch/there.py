@@ -12,8 +12,7 @@ from fate_moe.types import ExpertKey, Phase
 class There:
     """The experts of one layer that are whole in their slots, or on their way so.
 
-    What is on its way counts, too: its read is spent, and what has landed by itself looks like
-    that until the next lease.
+    What is on its way counts, too: what has landed by itself looks like that until the next lease.
 
     Attributes:
         num_experts: E.

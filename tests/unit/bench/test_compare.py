@@ -59,7 +59,7 @@ def test_shares_of_a_hybrid_are_settings_of_their_own(models: Models, seen: list
     assert "up to 90% of the tokens" in present.markdown(found)
     for wrong in ("hybrid@", "hybrid@5MiB", "hybrid@200%", "int4@10%"):
         with pytest.raises(ConfigError, match="compare: "):
-            check_names([wrong])
+            check_names([wrong], is_written=True)
 
 
 def test_what_depends_on_memory_in_decode_is_a_setting_of_its_own(
@@ -76,7 +76,16 @@ def test_what_depends_on_memory_in_decode_is_a_setting_of_its_own(
     assert "logits of experts in memory raised by 99.5" in table
     for wrong in ("on-miss", "on-miss@0.1", "bias", "bias@much", "bias@-1", "bias@inf"):
         with pytest.raises(ConfigError, match=f"compare: '{wrong}"):
-            check_names([wrong])
+            check_names([wrong], is_written=True)
+
+
+@pytest.mark.parametrize("name", ["on-miss@12.5%", "bias@0.5"])
+def test_what_changes_nothing_in_prompts_is_not_measured_on_prompts(
+    name: str, models: Models
+) -> None:
+    with pytest.raises(ConfigError, match=f"compare: {name} concerns .* add --continuation N or"):
+        compare(models, ["int4", name], WANTED, no_progress)
+    check_names(["int4", name], is_written=True)
 
 
 def test_progress_names_the_setting(models: Models) -> None:

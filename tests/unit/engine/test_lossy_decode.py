@@ -207,6 +207,7 @@ def test_a_bias_changes_nothing_where_every_expert_has_a_slot(
     assert same(answer(engine), want)
     assert engine.report().rerouted == 0
     assert "raised by 1e+06 (no effect: every expert has a slot)" in engine.mode
+    assert engine.mode.endswith("exact: the answer does not depend on what is in memory")
 
 
 def test_routers_without_a_softmax_are_refused(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A fused MoE block whose shared expert is a record: prompts, errors on the way, who looks on."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -8,6 +9,8 @@ import torch
 from torch import Tensor
 
 from fate_moe import native
+from fate_moe.errors import CacheError
+from fate_moe.models import turnstile
 from fate_moe.models.fused_block import FusedBlock, fuse_block
 from tests.unit.models.test_fused import offloaded
 from tests.unit.models.test_quantized import make_linear
@@ -85,3 +88,55 @@ def test_another_activation_in_its_place_is_computed() -> None:
     block.shared_expert.act_fn = torch.nn.ReLU()
     x = draw(1, fused.width)
     assert torch.equal(fused.forward(x), block(x))
+
+
+def elsewhere(do: Callable[[], Any]) -> Any:
+    """Let another thread do something."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(torch.no_grad()(do)).result(10)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_who_gives_up_waiting_leaves_what_another_thread_began(
+    tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, fused, _ = make_block()
+    x = draw(tokens, fused.width)
+    want = fused.forward(x)
+    monkeypatch.setattr(turnstile, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(fused, "own", None)
+    shared = fused.shared
+    assert shared is not None
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(shared.start, x).result(10)
+        with pytest.raises(CacheError, match="another thread"):
+            fused.forward(draw(2, fused.width))
+        pool.submit(shared.finish).result(10)
+    assert torch.equal(fused.forward(x), want)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("part", ["start", "finish"])
+def test_an_error_in_the_shared_expert_keeps_nobody_out(
+    part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, fused, _ = make_block()
+    x = draw(1, fused.width)
+    want = fused.forward(x)
+    shared = fused.shared
+    assert shared is not None
+
+    class Broken:
+        def __getattr__(self, name: str) -> Any:
+            if name == part:
+                raise MemoryError("no memory")
+            return getattr(block, name)
+
+    block = shared.block
+    monkeypatch.setattr(shared, "block", Broken())
+    with pytest.raises(MemoryError):
+        elsewhere(lambda: fused.forward(x))
+    monkeypatch.setattr(shared, "block", block)
+    monkeypatch.setattr(turnstile, "PATIENCE_S", 0.05)
+    assert torch.equal(elsewhere(lambda: fused.forward(x)), want)

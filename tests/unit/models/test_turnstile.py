@@ -61,7 +61,7 @@ def test_leaving_lets_nobody_else_out() -> None:
 
 
 def test_waiting_for_long_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(turnstile, "POLL_S", 0.05)
+    monkeypatch.setattr(turnstile, "PATIENCE_S", 0.05)
     one, failures = Turnstile(), []
 
     def go() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from fate_moe.prefetch.passing import Passed, Passing, Place
-from fate_moe.types import ExpertKey, Phase
+from fate_moe.types import Choice, ExpertKey, Phase
 from tests.unit.prefetch.test_mover import Bench, bench, guess  # noqa: F401
 
 COUNT = 3
@@ -214,6 +214,24 @@ def test_a_lease_waits_until_all_are_let_go(filled: Bench) -> None:
     t.passing.close([passed(0, 1)])
     assert done.wait(5)
     thread.join()
+
+
+def test_a_prompt_of_another_thread_borrows_nobody_that_is_passed(bench: Make) -> None:  # noqa: F811
+    b = bench([COUNT, COUNT, COUNT], 1)
+    preload(b, layers=3)
+    with b.mover.lease(Choice(2, [0], 8, [8])) as arriving:
+        list(arriving)  # the turn that is on is a prompt's
+    t = Traveller(b, [0, 1, 2])
+    there = t.open()
+    b.mover.speculate(guess(0, 5, 6, 7))
+    b.settle()
+    assert {(e.key.layer, e.key.expert) for e in b.mover.table.entries() if not e.spare} == there
+    for (layer, expert), slot in t.slots.items():
+        assert set(b.view(slot)) == {10 * layer + expert}
+    t.passing.close([])
+    b.mover.speculate(guess(1, 5, 6, 7))  # now it does
+    assert b.mover.table.spare_slots > 1
+    b.mover.table.check()
 
 
 def test_where_guesses_are_wanted_nobody_should_pass(bench: Make) -> None:  # noqa: F811
