@@ -3,11 +3,12 @@
     python scripts/measure_prediction.py --experts 25%,12.5%,50% --link 200MB,1GB,none --out DIR
 
 In every cell (a budget and a link) the policies resident, demand and tuned answer the same prompts
-in turns. Resident, layer by layer as the others, tells what a token and its experts take; guessing
-with everything resident, what guesses take; `demand` in the first cell, what a read takes from
-computing (docs/traces.md). All other cells are predicted with that. `tuned` stops guessing where
-that is quicker: so does its prediction. Leave the machine alone meanwhile, and set
-OMP_WAIT_POLICY=PASSIVE; `stolen` says how many cores' time a virtual machine's host gave to others.
+in turns. Resident, layer by layer, as the others are where nearly every layer misses an expert,
+tells what a token and its experts take; guessing with everything resident, what guesses take;
+`demand` in the first cell, what a read takes from computing (docs/traces.md). All other cells are
+predicted with that. `tuned` stops guessing where that is quicker: so does its prediction. Leave the
+machine alone meanwhile, and set OMP_WAIT_POLICY=PASSIVE; `stolen` says how many cores' time a
+virtual machine's host gave to others.
 """
 
 from __future__ import annotations
