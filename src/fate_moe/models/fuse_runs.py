@@ -37,7 +37,7 @@ _RECORDS = 3  # that the experts of a trial share; a prime that no E is likely t
 def fuse_runs(
     model: nn.Module, moe_layers: Mapping[nn.Module, MoELayer], hold: Callable[..., Held]
 ) -> int:
-    """Let tokens go through runs of fused layers in one native call each.
+    """Let tokens go through runs of fused layers in few native calls.
 
     Args:
         model: of transformers; `fuse` has been over it, and its experts are attached.

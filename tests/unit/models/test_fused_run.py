@@ -202,7 +202,7 @@ def test_layers_that_miss_nothing_are_passed(
 
 
 def test_guesses_are_made_between_layers(
-    open_engine: Any, tiny_store: Path, computed: list[int]
+    open_engine: Any, tiny_store: Path, computed: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = without_guesses(open_engine(tiny_store, experts="50%").model)
     model.fate.mover.benefit.level = 1
@@ -210,9 +210,20 @@ def test_guesses_are_made_between_layers(
     answer(model)
     assert not computed
     assert model.fate.report().guesses > 0
-    model.fate.mover.benefit.level = 0
+    mover = model.fate.mover
+    mover.benefit.level = 0
+    late: list[Any] = []
+    own = mover.speculate
+
+    def speculate(guess: Any) -> None:
+        if guess is not None and mover.turns.phase is Phase.DECODE:
+            late.append(guess)
+        own(guess)
+
+    monkeypatch.setattr(mover, "speculate", speculate)
     answer(model)
     assert computed == [LAYERS] * (NEW - 1)
+    assert not late  # no layer that stops a run says again what it guessed before
 
 
 def test_an_expert_that_cannot_be_read_costs_its_token_only(
