@@ -68,10 +68,20 @@ void begin(fate::TokenRun& run, Address x, Address cos, Address sin, const std::
              at<float>(normed), at<std::int64_t>(ids), at<float>(weights), at<double>(times)});
 }
 
-std::size_t advance(fate::TokenRun& run, Address grown) {
+std::size_t advance(fate::TokenRun& run) {
   fate::Locked our;
-  need(run.is_stopped() == (grown != 0), "need the experts' sum where it stopped, only there");
-  return run.advance(our.pool, our.memory, at<float>(grown));
+  need(!run.is_stopped() || run.awaited() == 0, "need all experts where it stopped");
+  return run.advance(our.pool, our.memory);
+}
+
+// Each: expert, where its record lies, whether only its INT2 head counts.
+void compute(fate::TokenRun& run, const std::vector<std::tuple<std::int64_t, Address, bool>>& arrived) {
+  std::vector<fate::Arrived> experts;
+  for (const auto& [expert, address, head_only] : arrived)
+    experts.push_back({expert, at<std::uint8_t>(address), head_only});
+  fate::Locked our;
+  need(run.is_stopped() && experts.size() <= run.awaited(), "no such experts are needed");
+  run.compute(our.pool, experts);
 }
 
 void finish_dense(fate::TokenRun& run) {
@@ -91,6 +101,7 @@ void bind_run(nb::module_& m) {
       .def("place", &place, "moved"_a, Unlocked())
       .def("begin", &begin, "x"_a, "cos"_a, "sin"_a, "rows"_a, "out"_a, "normed"_a, "ids"_a,
            "weights"_a, "times"_a, Unlocked())
-      .def("advance", &advance, "grown"_a, Unlocked())
+      .def("advance", &advance, Unlocked())
+      .def("compute", &compute, "arrived"_a, Unlocked())
       .def("finish_dense", &finish_dense, Unlocked());
 }

@@ -1,8 +1,8 @@
 // How does one token go through decoder layers in one piece, as far as their experts are in memory?
 //
 // What is done for a layer, and in which order numbers are added, is what the parts do one by one:
-// the result has the same bits. At a layer that misses an expert it stops, and goes on once somebody
-// else has computed that layer's experts.
+// the result has the same bits. At a layer that misses an expert it stops; it computes that layer's
+// experts as it is told where they lie, and goes on.
 #pragma once
 
 #include <vector>
@@ -47,16 +47,20 @@ class TokenRun {
   void begin(const Passage& passage);
   bool is_stopped() const { return is_stopped_; }
   bool is_done() const { return at_ == layers_.size(); }
-  // Go on to the next layer that misses an expert, and return its number, or to the end.
-  // `grown` [D]: the sum of the experts of the layer it stopped at, else null.
-  std::size_t advance(Pool& pool, DecodeMemory& memory, const float* grown);
+  // Go on to the next layer that misses an expert, and return its number, or to the end. All experts
+  // of the layer it stopped at must have been computed.
+  std::size_t advance(Pool& pool, DecodeMemory& memory);
+  // How many experts of the layer it stopped at are still to be computed.
+  std::size_t awaited() const { return awaited_; }
+  // Compute experts, distinct, of the layer it stopped at.
+  void compute(Pool& pool, const std::vector<Arrived>& arrived);
   // End what other cores have begun of the layer it stopped at: its shared expert.
   void finish_dense(Pool& pool, DecodeMemory& memory);
 
  private:
-  bool is_placed(const RunLayer& layer) const;
-  void compute_experts(Pool& pool, const RunLayer& layer, float* grown);
-  void complete(const float* grown);
+  void choose(Pool& pool, DecodeMemory& memory, const RunLayer& layer);
+  std::vector<Arrived> placed_experts(const RunLayer& layer) const;
+  void complete(Pool& pool, DecodeMemory& memory);
 
   std::vector<RunLayer> layers_;
   Passage passage_{};
@@ -64,6 +68,7 @@ class TokenRun {
   const float* x_ = nullptr;  // what entered the layer, and what leaves it
   float* y_ = nullptr;
   bool is_stopped_ = false, is_dense_open_ = false;
+  std::size_t awaited_ = 0;
   ExpertStep step_;
   Buffer hidden_[2], grown_, dense_, logits_;
 };

@@ -78,7 +78,7 @@ class Took:
 
 def open_engine(store: Path, policy: str, experts: str | None, bytes_s: float | None) -> Engine:
     """Open one, behind a slower link if `bytes_s` says so."""
-    name, changes = (policy, {}) if policy == "resident" else parse_policy(policy)
+    name, changes = parse_policy(policy)
     context = FORM.prompt_tokens + FORM.new_tokens + 8
     config = make_config(name, experts=experts, context_tokens=context, **changes)
     slowed = None if bytes_s is None else partial(ThrottledReader, bytes_s=bytes_s)

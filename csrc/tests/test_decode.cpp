@@ -258,14 +258,14 @@ void check_run(Pool& pool, const char* isa, int width, int inner) {
     run.begin({x.data(), nullptr, nullptr, {caches[2], caches[3]}, got.data(), seen.data(),
                chosen.data(), shares.data(), times.data()});
     if (missing >= 0) {
-      expect(run.advance(pool, memory, nullptr) == 0 && run.is_stopped(), "does not stop", isa);
+      expect(run.advance(pool, memory) == 0 && run.is_stopped(), "does not stop", isa);
       run.finish_dense(pool, memory);
-      step.begin(pool, shape, seen.data(), 1, kChosen, chosen.data(), shares.data());
-      for (int i = 0; i < kChosen; ++i) step.run(pool, {{chosen[i], records[chosen[i]], false}});
-      step.finish(pool, grown.data());
+      for (int i = 0; i < kChosen; ++i) {
+        expect(run.awaited() == 1ul * kChosen - i, "awaits other experts", isa, i);
+        run.compute(pool, {{chosen[i], records[chosen[i]], false}});
+      }
     }
-    expect(run.advance(pool, memory, missing < 0 ? nullptr : grown.data()) == kLayers && run.is_done(),
-           "does not end", isa);
+    expect(run.advance(pool, memory) == kLayers && run.is_done(), "does not end", isa);
     expect(missing >= 0 || times[1] >= times[0], "times go backward", isa);
     expect(std::memcmp(got.data(), want.data(), 4ul * width) == 0, "a run differs from its layers", isa, width);
   }

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from fate_moe.compute import LowExperts, RoutedSum, light_experts
+from fate_moe.compute import Arriving, LowExperts, RoutedSum, light_experts
 from fate_moe.predict import Predictor
 from fate_moe.prefetch.mover import Mover
 from fate_moe.types import Choice, Phase, Prediction
+
+Sum = TypeVar("Sum")
 
 
 class Observer(Protocol):
@@ -102,11 +104,32 @@ class MoELayer:
                 threads read missing experts (small ones in decode wait: see `Mover`).
         """
         topk_ids = topk_ids.cpu()  # here the host waits for a GPU
+        return self.gather(
+            topk_ids,
+            topk_weights,
+            lambda arriving: self.experts(x, topk_ids, topk_weights, arriving),
+            beside,
+        )
+
+    def gather(
+        self,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        compute: Callable[[Arriving], Sum],
+        beside: Callable[[], None],
+    ) -> Sum:
+        """Get the experts that were chosen and compute their sum as they land.
+
+        Args:
+            topk_ids: [T, K], in the host's memory.
+            compute: is handed the experts as they land, and returns what `gather` returns.
+            beside: as of `forward`.
+        """
         with self._mover.lease(self._choice(topk_ids, topk_weights)) as arriving:
             # After the demand: a guess only gets idle link time.
             self._mover.speculate(self._take_guess())
             beside()
-            return self.experts(x, topk_ids, topk_weights, arriving)
+            return compute(arriving)
 
     def _take_guess(self) -> Prediction | None:
         guess, self._guess = self._guess, None  # a step that asks for none makes none
@@ -144,9 +167,9 @@ def choice_of(layer: int, topk_ids: Tensor, num_experts: int) -> Choice:
 
     An id from E on means no expert, as in transformers.
     """
-    tokens = len(topk_ids)
+    tokens = topk_ids.shape[0]
     if tokens == 1:  # no expert twice; torch's way takes a hundred microseconds
-        chosen = sorted(expert for expert in topk_ids[0].tolist() if expert < num_experts)
+        chosen = sorted([expert for expert in topk_ids.tolist()[0] if expert < num_experts])
         return Choice(layer, chosen, 1)
     counts = torch.bincount(topk_ids.flatten(), minlength=num_experts)[:num_experts]  # [E]
     order = counts.argsort(descending=True, stable=True)[: int((counts > 0).sum())]

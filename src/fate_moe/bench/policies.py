@@ -42,6 +42,7 @@ from fate_moe.sim.trace import Step, Trace
 from fate_moe.types import Phase, Progress
 
 BOUND = "bound"
+RESIDENT = "resident"
 _COMPUTED = 0
 
 ABLATION = (
@@ -71,9 +72,10 @@ def parse_policy(text: str) -> tuple[str, dict[str, object]]:
         ConfigError: the policy or a setting is unknown, or a value is none.
     """
     name, *changes = text.split("+")
-    if name not in PRESETS or name == "resident":
-        known = ", ".join(sorted(set(PRESETS) - {"resident"}))
-        raise ConfigError(f"policies: {name!r:.40} is none of {known}")
+    if name not in PRESETS:
+        raise ConfigError(f"policies: {name!r:.40} is none of {', '.join(sorted(PRESETS))}")
+    if name == RESIDENT and changes:
+        raise ConfigError("policies: resident moves nothing, so there is nothing to change in it")
     settings: dict[str, object] = {}
     for change in changes:
         key, _, value = change.partition("=")
@@ -99,7 +101,7 @@ class Form:
 
     Attributes:
         policies: as for `parse_policy`.
-        budgets: shares of all experts that have slots, in (0, 1).
+        budgets: shares of all experts that have slots, in (0, 1); of `resident` all have one.
         links: bytes per second; None: the disk as it is.
         rounds: runs of each cell with each policy.
         prompt_tokens, new_tokens: of each request.
@@ -261,10 +263,10 @@ def _groups(
 
 
 def _config(form: Form, policy: str, budget: float | None) -> Config:
-    name, changes = (policy, {}) if policy == "resident" else parse_policy(policy)
+    name, changes = parse_policy(policy)
     context = form.prompt_tokens + form.new_tokens + 8
     settings = {"context_tokens": context, **dict(form.settings), **changes}
-    if budget is not None:
+    if budget is not None and name != RESIDENT:
         settings["experts"] = f"{100 * budget:g}%"
     return make_config(name, **settings)
 
@@ -332,7 +334,7 @@ def _bounds(store: Path, requests: Sequence[Tensor], form: Form) -> Iterator[Row
 
     The fewest bytes are Belady's, with all slots in one region and every need known ahead.
     """
-    engine = _open(store, form, "resident", None, None)
+    engine = _open(store, form, RESIDENT, None, None)
     try:
         with Recorder(engine) as recorder:
             for request in requests:

@@ -42,7 +42,8 @@ PolicyList = Annotated[
         "--policies", metavar="LIST", rich_help_panel=WHAT,
         help="Policies, in turns; tuned+cache=arc is one with a setting changed (predictor, cache, "
         "allocation, shallow_layers, percentile, window, int2_share, int2_on_miss, routing_bias), "
-        "and ablation stands for the default one without each of its parts.",
+        "resident has all experts in memory, and ablation stands for the default one without each "
+        "of its parts.",
     ),
 ]  # fmt: skip
 Budgets = Annotated[
@@ -135,6 +136,8 @@ def policies(
         fate bench policies --prompts gsm8k.jsonl --prompts chat --limit 3 --prompt 256
 
         fate bench policies --policies ablation --link 200MB --experts 50%
+
+        fate bench policies --policies resident,demand,tuned --experts 50%,75%
 
         fate bench policies ./my-store --policies demand,tuned --experts 10%,30%,50%,70%,90%
     """

@@ -102,16 +102,17 @@ class NativeExperts:
         arrivals = iter(arriving)
         landed = next(arrivals, [])
         if count == 1 and len(landed) == k:  # a call costs as much as a small expert
-            step.whole(*what, self._places(landed), out.data_ptr())
+            step.whole(*what, self.places(landed), out.data_ptr())
             return out.to(x.dtype)
         step.begin(*what)
         while landed:
-            step.run(self._places(landed))
+            step.run(self.places(landed))
             landed = next(arrivals, [])
         step.finish(out.data_ptr())
         return out.to(x.dtype)
 
-    def _places(self, landed: Sequence[tuple[int, int, bool]]) -> list[tuple[int, int, bool]]:
+    def places(self, landed: Sequence[tuple[int, int, bool]]) -> list[tuple[int, int, bool]]:
+        """Return the (expert, address, low) of experts that have landed in slots."""
         address = self.slot_address
         return [(expert, address(slot), low) for expert, slot, low in landed]
 

@@ -33,6 +33,7 @@ class Arena:
         size = max(slots * slot_bytes, ALIGNMENT)
         self._bytes = _map(size)
         self._tensor = torch.frombuffer(self._bytes, dtype=torch.uint8)
+        self._start = self._tensor.data_ptr()
 
     @property
     def memory(self) -> Tensor:
@@ -54,7 +55,7 @@ class Arena:
 
     def address(self, slot: int) -> int:
         """Return where one slot starts, for the native core."""
-        return self._tensor.data_ptr() + slot * self.slot_bytes
+        return self._start + slot * self.slot_bytes
 
 
 def _map(size: int) -> memoryview:

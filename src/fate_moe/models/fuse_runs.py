@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
-from fate_moe.compute import NativeExperts
+from fate_moe.compute import Arriving, NativeExperts
 from fate_moe.models.fused_block import FusedBlock
 from fate_moe.models.fused_layer import FusedLayer
 from fate_moe.models.fused_parts import FusedDense, FusedRouter
@@ -131,6 +131,21 @@ class _Trial:
         """Book nothing."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Gathered:
+    """Stands in for a layer of a trial: its missing experts land, in the slots of their numbers."""
+
+    layer: int
+    observer: None = None
+
+    def gather(
+        self, ids: Tensor, weights: Tensor, compute: Callable[[Arriving], None],
+        beside: Callable[[], None],
+    ) -> None:  # fmt: skip
+        beside()
+        compute([(e, e, False)] for e in ids[0].tolist())
+
+
 @torch.no_grad()
 def _equals(layers: Sequence[RunLayer], home: Any, config: Any) -> bool:
     """Try a run and its layers, one by one, on the same token and the same short history."""
@@ -148,7 +163,7 @@ def _equals(layers: Sequence[RunLayer], home: Any, config: Any) -> bool:
             experts.slot_address = partial(_address, records[layout])
             ways[part.block.experts] = partial(_compute_experts, experts)
             keys += [ExpertKey(part.moe.layer, e) for e in range(part.router.experts)]
-            part = replace(part, experts=experts)
+            part = replace(part, experts=experts, moe=_Gathered(part.moe.layer))
         tried.append(RunLayer(one.layer, part))
     refusals = (
         ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError,

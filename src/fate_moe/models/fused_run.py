@@ -2,8 +2,8 @@
 
 Where nothing is guessed or watched, and a layer's experts are all resident, there is nothing to do
 before the next layer but to compute. The first layer of such a run then computes all, the others
-hand on what they get. At a layer that misses an expert the run stops, and goes on once that layer's
-experts have been computed as ever. It is made of layers that are fused already.
+hand on what they get. At a layer that misses an expert the run stops; it computes that layer's
+experts as they land, and goes on. It is made of layers that are fused already.
 """
 
 from __future__ import annotations
@@ -13,19 +13,20 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
-from fate_moe.compute import NativeExperts
+from fate_moe.compute import Arriving, NativeExperts
 from fate_moe.models.fused_block import FusedBlock
 from fate_moe.models.fused_layer import FusedLayer
 from fate_moe.models.fused_parts import FusedDense, FusedRouter
 from fate_moe.models.fused_step import find_row, is_one_token, read_call
 from fate_moe.models.turnstile import Turnstile
-from fate_moe.moe import MoELayer
+from fate_moe.moe import Observer
 from fate_moe.native import core
 from fate_moe.prefetch.passing import Passed, Place
 
@@ -46,6 +47,24 @@ class Held(Protocol):
         """Let go; book what was passed."""
 
 
+class Gathering(Protocol):
+    """Gets the experts of one layer; see `MoELayer`."""
+
+    @property
+    def layer(self) -> int: ...
+
+    @property
+    def observer(self) -> Observer | None: ...
+
+    def gather(
+        self,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        compute: Callable[[Arriving], None],
+        beside: Callable[[], None],
+    ) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Sparse:
     """The parts of a layer with routed experts."""
@@ -53,7 +72,7 @@ class Sparse:
     block: FusedBlock
     router: FusedRouter
     experts: NativeExperts
-    moe: MoELayer
+    moe: Gathering
 
 
 class Untouched:
@@ -238,26 +257,29 @@ class FusedRun:
         out, native = torch.empty(x.shape), self._native
         buffers = (out, self._normed, self._ids, self._weights, self._times)
         native.begin(x.data_ptr(), *turn, rows, *(one.data_ptr() for one in buffers))
-        grown, number = None, 0
+        first = 0
         try:
-            while (number := self._advance(number, grown)) < len(self.layers):
-                # What its other experts and its reads need, they get as ever.
-                experts = self._sparse[number].block.experts
-                grown = experts.forward(
-                    self._normed, *self._rows[number], beside=native.finish_dense
+            while (number := self._advance(first)) < len(self.layers):
+                part = self._sparse[number]
+                part.moe.gather(
+                    *self._rows[number], partial(self._compute, part.experts), native.finish_dense
                 )
+                first = number + 1
         finally:
             native.finish_dense()
         return out
 
-    def _advance(self, number: int, grown: Tensor | None) -> int:
-        """Go on from a layer to the next one that misses an expert, or to the end."""
-        first = number if grown is None else number + 1
+    def _compute(self, experts: NativeExperts, arriving: Arriving) -> None:
+        for landed in arriving:
+            self._native.compute(experts.places(landed))
+
+    def _advance(self, first: int) -> int:
+        """Go on from a layer, not begun, to the next one that misses an expert, or to the end."""
         passed: list[Passed] = []
         self.held.open(self._place)
         try:
             began = time.perf_counter()
-            number = self._native.advance(0 if grown is None else grown.data_ptr())
+            number = int(self._native.advance())
             if number > first:
                 passed = self._passed(first, number, began)
         finally:

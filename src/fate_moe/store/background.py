@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fate_moe.errors import ReadError
-from fate_moe.store.layer_file import LayerFile, address_of
+from fate_moe.store.layer_file import LayerFile
 from fate_moe.types import ExpertKey
 
 
@@ -24,6 +24,7 @@ class Place:
     file: LayerFile
     offset: int  # in the file
     target: memoryview
+    address: int  # of the target
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +61,16 @@ class Background:
         """Begin reads; returns at once."""
         asked = []
         for place in places:
-            fd = place.file.hold(place.offset, place.target)
+            length = len(place.target)
+            fd = place.file.hold(place.offset, place.address, length)
             if fd < 0:
                 self.refuse(place.key, ReadError(
                     place.key, place.file.path, place.offset, None, "the store is closed"
                 ))  # fmt: skip
                 continue
-            self._places[_ticket(place.key)] = place
-            asked.append((_ticket(place.key), fd, place.offset, address_of(place.target),
-                          len(place.target)))  # fmt: skip
+            ticket = _ticket(place.key)
+            self._places[ticket] = place
+            asked.append((ticket, fd, place.offset, place.address, length))
         if asked:
             self._courier.start(asked)
 

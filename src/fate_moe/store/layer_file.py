@@ -26,7 +26,8 @@ class LayerFile:
 
     def __init__(self, path: Path, direct: bool) -> None:
         self.path = str(path)
-        self._idle = threading.Condition()  # guards _reading and the descriptors
+        self._lock = threading.Lock()  # guards _reading and the descriptors
+        self._idle = threading.Condition(self._lock)
         self._reading = 0
         self._seek_lock = threading.Lock()  # makes seek + read one step where preadv is missing
         self._buffered_fd = os.open(path, os.O_RDONLY | _O_BINARY | _O_CLOEXEC)
@@ -44,10 +45,10 @@ class LayerFile:
         finally:
             self.let_go()
 
-    def hold(self, offset: int, target: memoryview) -> int:
+    def hold(self, offset: int, address: int, length: int) -> int:
         """Return the descriptor for this read and keep it open until `let_go`; -1 when closed."""
-        direct = self.is_direct and is_aligned(offset, target)
-        with self._idle:
+        direct = self.is_direct and (offset | address | length) % PAGE == 0
+        with self._lock:
             if self._buffered_fd < 0:
                 return -1
             self._reading += 1
@@ -55,7 +56,7 @@ class LayerFile:
 
     def let_go(self) -> None:
         """End one read."""
-        with self._idle:
+        with self._lock:
             self._reading -= 1
             if self._reading == 0:
                 self._idle.notify_all()
@@ -110,9 +111,7 @@ def _open_direct(path: Path) -> int:
 
 
 def is_aligned(offset: int, target: memoryview) -> bool:
-    if offset % PAGE or len(target) % PAGE:
-        return False
-    return address_of(target) % PAGE == 0
+    return (offset | address_of(target) | len(target)) % PAGE == 0
 
 
 def address_of(target: memoryview) -> int:

@@ -267,7 +267,8 @@ class FileReader:
                 key, file.path, entry.offset(key.expert), None,
                 f"bytes {start}+{length} into {len(target)} of a {entry.record_bytes} byte record",
             )  # fmt: skip
-        return Place(key, file, entry.offset(key.expert) + start, target[:length])
+        target = target[:length]
+        return Place(key, file, entry.offset(key.expert) + start, target, address_of(target))
 
     def _read_together(self, places: Sequence[Place]) -> list[int]:
         """Return how many bytes of each came in; what is missing is left to the plain way."""
@@ -277,11 +278,12 @@ class FileReader:
         try:
             wanted = []
             for place in places:
-                fd = place.file.hold(place.offset, place.target)
+                length = len(place.target)
+                fd = place.file.hold(place.offset, place.address, length)
                 if fd < 0:
                     return [0] * len(places)
                 held.append(place.file)
-                wanted.append((fd, place.offset, address_of(place.target), len(place.target)))
+                wanted.append((fd, place.offset, place.address, length))
             return [done for done, _ in self._reads.read(wanted)]
         finally:
             for file in held:

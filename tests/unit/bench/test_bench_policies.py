@@ -373,11 +373,23 @@ def test_prompts_of_several_files_take_turns(
     ]
 
 
+def test_everything_resident_may_take_its_turns(tiny_store: Path, tmp_path: Path) -> None:
+    result = fate(
+        tiny_store, "--policies", "resident,demand", "--experts", "50%", "--prompt", "4",
+        "--tokens", "4", "--rounds", "1", "--out", tmp_path / "out", "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    rows = {row["policy"]: row for row in json.loads(result.stdout)["rows"]}
+    assert rows["resident"]["hit_rate"] == 1.0 > rows["demand"]["hit_rate"]
+    assert rows["resident"]["bytes_token"] == 0 < rows["demand"]["bytes_token"]
+    assert rows["resident"]["in_turns"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        (["--policies", "best"], "policies: 'best' is none of demand, fate, path, tuned"),
-        (["--policies", "resident"], "policies: 'resident' is none of demand"),
+        (["--policies", "best"], "policies: 'best' is none of demand, fate, path, resident, tuned"),
+        (["--policies", "resident+window=3"], "policies: resident moves nothing"),
         (["--policies", "tuned+cache=lfuu"], "cache: 'lfuu' is none of arc"),
         (["--policies", "tuned+size=3"], "'size=3' changes none of predictor, cache"),
         (["--policies", "tuned+window=x"], "'window=x' changes none of"),

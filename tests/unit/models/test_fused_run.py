@@ -100,6 +100,26 @@ def test_what_leaves_the_last_layer_may_go_through_all_again(
     assert not any(hasattr(one, "_fate_run") for one in left)
 
 
+def test_only_experts_that_are_awaited_are_computed(model: Any) -> None:
+    answer(model)
+    run = run_layers(model)[0]._run
+    assert run is not None
+    with pytest.raises(ValueError, match="no such experts are needed"):
+        run._native.compute([(0, 0, False)])
+
+
+def test_nothing_goes_on_before_all_experts_of_a_layer_are_computed(
+    open_engine: Any, tiny_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = open_engine(tiny_store, policy="demand", experts="30%").model
+    want = answer(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(FusedRun, "_compute", lambda self, experts, arriving: list(arriving))
+        with pytest.raises(ValueError, match="need all experts"):
+            answer(model)
+    assert same(answer(model), want)
+
+
 def test_every_request_is_counted_as_a_hit(model: Any) -> None:
     model.fate.reset()
     answer(model)
