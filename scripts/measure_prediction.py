@@ -3,12 +3,12 @@
     python scripts/measure_prediction.py --experts 25%,12.5%,50% --link 200MB,1GB,none --out DIR
 
 In every cell (a budget and a link) the policies resident, demand and tuned answer the same prompts
-in turns. Resident, layer by layer, as the others are where nearly every layer misses an expert,
-tells what a token and its experts take; guessing with everything resident, what guesses take;
-`demand` in the first cell, what a read takes from computing (docs/traces.md). All other cells are
-predicted with that. `tuned` stops guessing where that is quicker: so does its prediction. Leave the
-machine alone meanwhile, and set OMP_WAIT_POLICY=PASSIVE; `stolen` says how many cores' time a
-virtual machine's host gave to others.
+in turns. Resident tells what a token and its experts take; the same layer by layer, what a layer
+takes more that is not passed; guessing with everything resident, what guesses take; `demand` in the
+first cell, what a read takes from computing (docs/traces.md). All other cells are predicted with
+that. `tuned` stops guessing where that is quicker: so does its prediction. Leave the machine alone
+meanwhile, and set OMP_WAIT_POLICY=PASSIVE; `stolen` says how many cores' time a virtual machine's
+host gave to others.
 """
 
 from __future__ import annotations
@@ -140,8 +140,10 @@ def record(store: Path, requests: Sequence[Tensor]) -> tuple[Trace, Trace]:
     return trace, replace(trace, steps=trace.steps[:first])
 
 
-def predict(traces: tuple[Trace, Trace], engine: Engine, guesser: str, link: Link) -> float:
-    """Return the seconds of a token in a cell, with the engine's slots."""
+def predict(
+    traces: tuple[Trace, Trace], engine: Engine, guesser: str, link: Link
+) -> tuple[float, float]:
+    """Return a token's seconds in a cell with the engine's slots, and the layers not passed."""
     table, cache = engine.mover.table, engine.blueprint.config.cache.cache
     whole, first = (
         time_decode(
@@ -150,36 +152,51 @@ def predict(traces: tuple[Trace, Trace], engine: Engine, guesser: str, link: Lin
         )
         for trace in traces
     )  # fmt: skip
-    return (whole.seconds - first.seconds) / (whole.steps - first.steps)
+    steps = whole.steps - first.steps
+    return (whole.seconds - first.seconds) / steps, (whole.stops - first.stops) / steps
 
 
 def run_cell(
-    store: Path, requests: Sequence[Tensor], resident: Engine, cell: tuple[str, str | None],
-    traces: tuple[Trace, Trace], guess_s: float, read_s: float | None,
+    store: Path, requests: Sequence[Tensor], ends: Mapping[str, Engine],
+    cell: tuple[str, str | None], traces: tuple[Trace, Trace], guess_s: float,
+    costs: tuple[float | None, float | None],
 ) -> dict[str, Any]:  # fmt: skip
-    """Measure a cell and predict it; without `read_s` that is measured here."""
+    """Measure a cell and predict it.
+
+    Args:
+        ends: with everything resident, layers passed and one by one.
+        costs: what a read takes from computing, and what a layer takes that is not passed; what
+            is None is measured here.
+    """
     experts, rate = cell
     bytes_s = None if rate is None else float(parse_size(rate, "link").count_bytes or 0)
-    engines = {"resident": resident}
+    engines = dict(ends)
     engines |= {name: open_engine(store, name, experts, bytes_s) for name in ("demand", "tuned")}
     try:
         began_s, stolen_s = time.perf_counter(), stolen()
         took = measure(engines, requests)
         lost = (stolen() - stolen_s) / (time.perf_counter() - began_s)
         base, demand = took["resident"], took["demand"]
-        own_s = (demand.token_s - demand.stall_s - base.token_s) / demand.reads
+        read_s, stop_s = costs
+        if stop_s is None:
+            layers = len(engines["resident"].layers)
+            stop_s = max(0.0, took["layered"].token_s - base.token_s) / layers
         link = Link(
             bytes_s or demand.link_bytes_s, base.token_s, guess_s=guess_s,
-            read_s=max(0.0, own_s) if read_s is None else read_s, experts_s=base.lease_s,
+            experts_s=base.lease_s, stop_s=stop_s,
         )  # fmt: skip
-        demand_s = predict(traces, engines["demand"], "none", link)
-        levels = [predict(traces, engines["tuned"], name, link) for name in ("none", "recorded")]
+        _, stops = predict(traces, engines["demand"], "none", link)
+        own_s = demand.token_s - demand.stall_s - base.token_s - stops * stop_s
+        own_s /= demand.reads
+        link = replace(link, read_s=max(0.0, own_s) if read_s is None else read_s)
+        demand_s, _ = predict(traces, engines["demand"], "none", link)
+        levels = [predict(traces, engines["tuned"], name, link)[0] for name in ("none", "recorded")]
     finally:
         for name in ("demand", "tuned"):
             engines[name].close()
     return {
         "experts": experts, "link": rate or "none", "read_s": link.read_s, "own_read_s": own_s,
-        "stolen": lost,
+        "stop_s": stop_s, "stops": stops, "stolen": lost,
         "predicted": {"demand": 1 / demand_s, "tuned": 1 / min(levels)},
         "took": {name: asdict(one) for name, one in took.items()},
     }  # fmt: skip
@@ -192,28 +209,27 @@ def main() -> None:
     parser.add_argument("--experts", default="25%,12.5%,50%,75%")
     parser.add_argument("--link", default="200MB,1GB,none")
     parser.add_argument("--read-us", type=float, help="instead of measuring it in the first cell")
+    parser.add_argument("--stop-us", type=float, help="the same")
     parser.add_argument("--out", type=Path, required=True, help="receives prediction.jsonl")
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
     store = find_store(asked.model, cache_dir=default_cache_dir(), progress=no_progress)
     requests = requests_of(store, PROMPTS, FORM)
     traces = record(store, requests)
-    resident, always = (
-        open_engine(store, "resident", None, None),
-        open_engine(store, ALWAYS, "100%", None),
-    )
-    for layer in resident.layers:
+    ends = {name: open_engine(store, "resident", None, None) for name in ("resident", "layered")}
+    for layer in ends["layered"].layers:
         layer.observer = Nobody()
-    took = measure({"resident": resident, ALWAYS: always}, requests)
+    always = open_engine(store, ALWAYS, "100%", None)
+    took = measure({"layered": ends["layered"], ALWAYS: always}, requests)
     always.close()
-    guess_s = max(0.0, took[ALWAYS].token_s - took["resident"].token_s)
-    read_s = None if asked.read_us is None else asked.read_us / 1e6
+    guess_s = max(0.0, took[ALWAYS].token_s - took["layered"].token_s)
+    given = [None if us is None else us / 1e6 for us in (asked.read_us, asked.stop_us)]
     print("link\texperts\tpolicy\tpredicted\treached\tratio\tstolen", flush=True)
     with (asked.out / "prediction.jsonl").open("w", encoding="utf-8") as lines:
         for rate, experts in product(asked.link.split(","), asked.experts.split(",")):
             cell = (experts, None if rate == "none" else rate)
-            row = run_cell(store, requests, resident, cell, traces, guess_s, read_s)
-            read_s = row["read_s"]
+            row = run_cell(store, requests, ends, cell, traces, guess_s, (given[0], given[1]))
+            given = [row["read_s"], row["stop_s"]]
             lines.write(json.dumps({**row, "guess_s": guess_s}) + "\n")
             lines.flush()
             for policy, predicted in row["predicted"].items():
@@ -221,7 +237,8 @@ def main() -> None:
                 figures = (predicted, reached, predicted / reached, row["stolen"])
                 told = "\t".join(f"{figure:.2f}" for figure in figures)
                 print(f"{rate}\t{experts}\t{policy}\t{told}", flush=True)
-    resident.close()
+    for engine in ends.values():
+        engine.close()
 
 
 if __name__ == "__main__":

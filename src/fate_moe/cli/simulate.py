@@ -112,6 +112,14 @@ ExpertsMs = Annotated[
         "come in. Default: all of it.",
     ),
 ]  # fmt: skip
+StopUs = Annotated[
+    float,
+    typer.Option(
+        metavar="US", min=0, max=1e6, rich_help_panel=TIME,
+        help="What a layer takes more than in --token-ms if it misses an expert, or is guessed "
+        "for: the engine's bookkeeping, such as 150.",
+    ),
+]  # fmt: skip
 ShallowLayers = Annotated[
     int,
     typer.Option(
@@ -158,6 +166,7 @@ def simulate(
     guess_ms: GuessMs = 0.0,
     read_us: ReadUs = 0.0,
     experts_ms: ExpertsMs = None,
+    stop_us: StopUs = 0.0,
     jobs: Jobs = None,
     out: Out = None,
     json_out: JsonOut = False,
@@ -177,7 +186,7 @@ def simulate(
 
         fate simulate run.trace --predictor none,recorded --link 1.2GB --token-ms 48
 
-        fate simulate run.trace --link 200MB --token-ms 17.5 --experts-ms 6 --read-us 70
+        fate simulate run.trace --link 200MB --token-ms 17.5 --read-us 70 --stop-us 150
     """
     with TerminalProgress() as progress:
         from fate_moe.sim.sweep import run_cells
@@ -185,7 +194,7 @@ def simulate(
         cells = _cells(
             traces, cache, allocation, predictor, capacity, leases, shallow_layers, expert_bytes
         )
-        timed = _link(link, token_ms, latency_ms, guess_ms, read_us, experts_ms)
+        timed = _link(link, token_ms, latency_ms, guess_ms, read_us, experts_ms, stop_us)
         cells = [replace(cell, link=timed) for cell in cells]
         if out is not None:
             _make(out)
@@ -226,13 +235,15 @@ def _link(
     guess_ms: float,
     read_us: float,
     experts_ms: float | None,
+    stop_us: float,
 ) -> Link | None:
     from fate_moe.sim.timeline import Link
 
     if rate is None and token_ms is None:
-        if read_us or experts_ms is not None:
-            name = "read-us" if read_us else "experts-ms"
-            raise ConfigError(f"{name}: it tells no speed without --link and --token-ms")
+        given = {"read-us": read_us or None, "experts-ms": experts_ms, "stop-us": stop_us or None}
+        for name, value in given.items():
+            if value is not None:
+                raise ConfigError(f"{name}: it tells no speed without --link and --token-ms")
         return None
     if rate is None or token_ms is None:
         raise ConfigError("link: --link and --token-ms go together: one alone tells no speed")
@@ -244,7 +255,10 @@ def _link(
             f"experts-ms: have {experts_ms:g}, need at most the {token_ms:g} of --token-ms"
         )
     experts_s = None if experts_ms is None else experts_ms / 1e3
-    return Link(size, token_ms / 1e3, latency_ms / 1e3, guess_ms / 1e3, read_us / 1e6, experts_s)
+    return Link(
+        size, token_ms / 1e3, latency_ms / 1e3, guess_ms / 1e3, read_us / 1e6, experts_s,
+        stop_us / 1e6,
+    )  # fmt: skip
 
 
 def _share(text: str) -> float:

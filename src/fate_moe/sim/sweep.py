@@ -60,9 +60,10 @@ class Row:
     Attributes:
         slots: that regions have, all layers together.
         capacity_tokens: the same in working sets of one token.
-        link_bytes_s, read_s, experts_s, decode_tok_s, stall_share: with a link, its rate, what a
-            read takes from computing, what of a token is computing experts, the speed of decoding,
-            and the share of the time that it waits for bytes; else None.
+        link_bytes_s, read_s, experts_s, stop_s, decode_tok_s, stall_share: with a link, its rate,
+            what a read takes from computing, what of a token is computing experts, what a layer
+            that is not passed takes more, the speed of decoding, and the share of the time that it
+            waits for bytes; else None.
         requests_s: requests replayed in a second.
     """
 
@@ -90,6 +91,7 @@ class Row:
     link_bytes_s: float | None
     read_s: float | None
     experts_s: float | None
+    stop_s: float | None
     decode_tok_s: float | None
     stall_share: float | None
     requests_s: float
@@ -214,6 +216,7 @@ def _row(
         link_bytes_s=cell.link.bytes_s if cell.link else None,
         read_s=cell.link.read_s if cell.link else None,
         experts_s=cell.link.experts_s if cell.link else None,
+        stop_s=cell.link.stop_s if cell.link else None,
         decode_tok_s=timed.tok_s if timed else None,
         stall_share=timed.stall_s / timed.seconds if timed and timed.seconds else None,
         requests_s=counts.requests / (time.perf_counter() - began_s),

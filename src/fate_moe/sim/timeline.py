@@ -29,11 +29,13 @@ class Link:
     Attributes:
         bytes_s: bytes per second.
         latency_s: of each read, before its first byte.
-        token_s: computing one token with everything resident.
+        token_s: computing one token with everything resident, which passes all layers.
         guess_s: guessing for all layers of a token.
         read_s: that each read takes from computing, on the processor, beside its time on the link.
         experts_s: of token_s, computing routed experts; None: all of it. Only that can be done
             while the layer's own reads come in: the rest needs what the experts computed.
+        stop_s: of each layer that is not passed: one that misses an expert, and any where guesses
+            are made. It comes before the layer's reads are asked for.
     """
 
     bytes_s: float
@@ -42,6 +44,7 @@ class Link:
     guess_s: float = 0.0
     read_s: float = 0.0
     experts_s: float | None = None
+    stop_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +56,14 @@ class Timed:
         seconds: of all of them.
         stall_s: of it, waiting for bytes.
         steps: how many.
+        stops: layers that were not passed.
     """
 
     found: Replay
     seconds: float
     stall_s: float
     steps: int
+    stops: int
 
     @property
     def tok_s(self) -> float:
@@ -95,7 +100,7 @@ def time_decode(
             run.layer(choice, guess, is_timed=is_timed)
     progress("replaying", len(trace.steps), len(trace.steps))
     run.found.evictions = sum(cache.evictions for cache in run.caches)
-    return Timed(run.found, run.now_s, run.stall_s, steps)
+    return Timed(run.found, run.now_s, run.stall_s, steps, run.stops)
 
 
 @dataclass(slots=True)
@@ -119,6 +124,7 @@ class _Run:
         self.found = Replay(len(trace.experts))
         self.caches, self._layers = regions_of(trace, regions, make_policy)
         self.now_s = self.stall_s = 0.0
+        self.stops = 0
         self._link = link
         self._layer_s = link.token_s / len(trace.experts)
         experts_s = link.token_s if link.experts_s is None else link.experts_s
@@ -135,6 +141,10 @@ class _Run:
         """Let one layer ask, compute and guess; `guess` is for the next one."""
         keys, cache = self._layers[choice.layer]
         size = self._record_bytes[choice.layer]
+        is_passed = all(keys[e] in cache.resident for e in choice.experts)
+        if is_timed and not (is_passed and guess is None and self._guess is None):
+            self.stops += 1
+            self.now_s += self._link.stop_s
         began_s = self.now_s
         reads, self._reads = self._reads, {}
         begun = {e: read for e, read in reads.items() if read.begins_s < began_s}

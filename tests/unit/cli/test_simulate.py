@@ -78,10 +78,13 @@ def test_what_reads_take_from_computing_is_predicted(trace: Path) -> None:
              "--link", "10GB", "--token-ms", "100", "--read-us", "5000", "--json")  # fmt: skip
     data = json.loads(fate(*asked).stdout)
     assert data["decode_tok_s"] == pytest.approx(7 / (7 * 0.1 + 6 * 0.005))
-    assert (data["read_s"], data["experts_s"]) == (0.005, None)
+    assert (data["read_s"], data["experts_s"], data["stop_s"]) == (0.005, None, 0)
     data = json.loads(fate(*asked, "--experts-ms", "0", "--link", "10MB").stdout)
     assert data["decode_tok_s"] == pytest.approx(7 / (7 * 0.1 + 6 * (0.1 + 0.005)))
     assert data["experts_s"] == 0
+    data = json.loads(fate(*asked, "--stop-us", "2000").stdout)
+    assert data["decode_tok_s"] == pytest.approx(7 / (7 * 0.1 + 6 * 0.007))
+    assert data["stop_s"] == 0.002
 
 
 def test_rows_as_json(trace: Path) -> None:
@@ -106,6 +109,7 @@ def test_rows_as_json(trace: Path) -> None:
         (["--link", "10%", "--token-ms", "5"], "link: '10%': need bytes per second"),
         (["--read-us", "70"], "read-us: it tells no speed without --link and --token-ms"),
         (["--experts-ms", "7"], "experts-ms: it tells no speed without --link"),
+        (["--stop-us", "7"], "stop-us: it tells no speed without --link"),
         (
             ["--link", "1GB", "--token-ms", "5", "--experts-ms", "6"],
             "experts-ms: have 6, need at most the 5 of --token-ms",

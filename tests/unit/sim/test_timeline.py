@@ -1,5 +1,6 @@
 """Times of a small replay, as a person would work them out; counts as without a clock."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -144,6 +145,22 @@ def test_each_read_takes_from_computing_also_where_nothing_waits() -> None:
     timed = run(steps[:1], Link(MB, token_s=0.6, read_s=0.1), capacities=(4,))
     assert timed.seconds == pytest.approx(2.0 + 0.2 + 2 * 0.1)
     assert timed.stall_s == pytest.approx(2.2 - 0.6)
+
+
+def test_a_layer_that_is_not_passed_takes_longer() -> None:
+    steps = [Step([Choice(0, [0, 1]), Choice(1, [expert])]) for expert in (5, 6)]
+    link = Link(1000 * MB, token_s=0.6, stop_s=0.1)
+    timed = run(steps, link, capacities=(4, 1))
+    assert timed.stops == 3  # layer 0 is passed the second time
+    assert timed.seconds == pytest.approx(2 * 0.6 + 3 * 0.1)
+    # All are resident, but guessed for.
+    steps = [Step([Choice(0, [0]), Choice(1, [5])], guessed(5))] * 2
+    timed = run(steps, link, capacities=(8, 8), predictor="cross_layer")
+    assert timed.stops == 4
+    assert timed.seconds == pytest.approx(2 * 0.6 + 4 * 0.1)
+    # The stop comes before the reads are asked for.
+    timed = run(steps[:1], replace(link, bytes_s=MB), capacities=(4, 1))
+    assert timed.seconds == pytest.approx(2 * (0.1 + 1.0 + 0.15))
 
 
 def test_a_guessed_read_takes_from_computing_where_it_begins() -> None:
