@@ -68,10 +68,10 @@ void begin(fate::TokenRun& run, Address x, Address cos, Address sin, const std::
              at<float>(normed), at<std::int64_t>(ids), at<float>(weights), at<double>(times)});
 }
 
-std::size_t advance(fate::TokenRun& run) {
+std::size_t advance(fate::TokenRun& run, bool stops_always) {
   fate::Locked our;
   need(!run.is_stopped() || run.awaited() == 0, "need all experts where it stopped");
-  return run.advance(our.pool, our.memory);
+  return run.advance(our.pool, our.memory, stops_always);
 }
 
 // Each: expert, where its record lies, whether only its INT2 head counts.
@@ -101,7 +101,7 @@ void bind_run(nb::module_& m) {
       .def("place", &place, "moved"_a, Unlocked())
       .def("begin", &begin, "x"_a, "cos"_a, "sin"_a, "rows"_a, "out"_a, "normed"_a, "ids"_a,
            "weights"_a, "times"_a, Unlocked())
-      .def("advance", &advance, Unlocked())
+      .def("advance", &advance, "stops_always"_a, Unlocked())
       .def("compute", &compute, "arrived"_a, Unlocked())
       .def("finish_dense", &finish_dense, Unlocked());
 }

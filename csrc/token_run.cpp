@@ -11,7 +11,7 @@ void TokenRun::begin(const Passage& passage) {
   is_stopped_ = is_dense_open_ = false;
 }
 
-std::size_t TokenRun::advance(Pool& pool, DecodeMemory& memory) {
+std::size_t TokenRun::advance(Pool& pool, DecodeMemory& memory, bool stops_always) {
   const auto began = std::chrono::steady_clock::now();
   const auto passed = [&] {
     return std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
@@ -29,7 +29,8 @@ std::size_t TokenRun::advance(Pool& pool, DecodeMemory& memory) {
       double* const times = passage_.times + 2 * at_;
       choose(pool, memory, layer);
       times[0] = passed();
-      const std::vector<Arrived> placed = placed_experts(layer);
+      std::vector<Arrived> placed;
+      if (!stops_always) placed = placed_experts(layer);
       is_stopped_ = placed.empty();
       if (is_stopped_) return at_;
       finish_dense(pool, memory);

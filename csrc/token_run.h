@@ -47,9 +47,10 @@ class TokenRun {
   void begin(const Passage& passage);
   bool is_stopped() const { return is_stopped_; }
   bool is_done() const { return at_ == layers_.size(); }
-  // Go on to the next layer that misses an expert, and return its number, or to the end. All experts
-  // of the layer it stopped at must have been computed.
-  std::size_t advance(Pool& pool, DecodeMemory& memory);
+  // Go on to the next layer that misses an expert, or to the next one that has experts if
+  // `stops_always`, and return its number, or to the end. All experts of the layer it stopped at must
+  // have been computed.
+  std::size_t advance(Pool& pool, DecodeMemory& memory, bool stops_always);
   // How many experts of the layer it stopped at are still to be computed.
   std::size_t awaited() const { return awaited_; }
   // Compute experts, distinct, of the layer it stopped at.

@@ -118,11 +118,12 @@ def _fused(module: nn.Module) -> Any:
 class _Trial:
     """Says of a trial's experts that they are resident, each in a slot of its own number."""
 
-    def __init__(self, keys: Sequence[ExpertKey]) -> None:
+    def __init__(self, level: int, keys: Sequence[ExpertKey]) -> None:
+        self._level = level
         self._places: list[Place] = [(key, key.expert) for key in keys]
 
-    def is_guessing(self) -> bool:
-        return False
+    def guess_level(self) -> int:
+        return self._level
 
     def open(self, place: Callable[[list[Place]], None]) -> None:
         place(self._places)
@@ -137,6 +138,9 @@ class _Gathered:
 
     layer: int
     observer: None = None
+
+    def before_router(self, gate_input: Tensor) -> None:
+        """Guess nothing."""
 
     def gather(
         self, ids: Tensor, weights: Tensor, compute: Callable[[Arriving], None],
@@ -173,9 +177,9 @@ def _equals(layers: Sequence[RunLayer], home: Any, config: Any) -> bool:
             want, call = _token(layers, config)
             for one in layers:
                 want = one.layer.forward(want, **call)
-            for some in (keys, [key for key in keys if key.layer % 2]):
+            for level, some in ((0, keys), (0, [key for key in keys if key.layer % 2]), (1, keys)):
                 x, call = _token(layers, config)
-                run = FusedRun(tried, home, _Trial(some), config)
+                run = FusedRun(tried, home, _Trial(level, some), config)
                 run.enter()
                 got = run.compute(x, call)
                 if got is None or not torch.equal(got, want):

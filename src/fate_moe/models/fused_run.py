@@ -2,8 +2,9 @@
 
 Where nothing is guessed or watched, and a layer's experts are all resident, there is nothing to do
 before the next layer but to compute. The first layer of such a run then computes all, the others
-hand on what they get. At a layer that misses an expert the run stops; it computes that layer's
-experts as they land, and goes on. It is made of layers that are fused already.
+hand on what they get. At a layer that misses an expert, or that guesses the next one's, the run
+stops; it computes that layer's experts as they land, and goes on. It is made of layers that are
+fused already.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ _DONE = "_fate_run"
 class Held(Protocol):
     """Says what is resident, and keeps it so; see `prefetch.passing`."""
 
-    def is_guessing(self) -> bool:
-        """Say whether guesses are wanted, which are made between layers."""
+    def guess_level(self) -> int:
+        """Say how much is guessed for each layer: nothing, once, twice; see `Benefit`."""
 
     def open(self, place: Callable[[list[Place]], None]) -> None:
         """Hold what is resident, and tell what has changed since the last time."""
@@ -55,6 +56,8 @@ class Gathering(Protocol):
 
     @property
     def observer(self) -> Observer | None: ...
+
+    def before_router(self, gate_input: Tensor) -> None: ...
 
     def gather(
         self,
@@ -233,7 +236,9 @@ class FusedRun:
             ReadError: an expert could not be read.
         """
         call, positions = read_call(kwargs), self._first.positions
-        if call is None or self.held.is_guessing() or not self._is_as_it_was():
+        level = self.held.guess_level()
+        # A second guess is made from what enters a layer.
+        if call is None or level > 1 or not self._is_as_it_was():
             return None
         turn = positions.addresses(call.embeddings, self._first.rotary)
         found = [find_row(call.past, index, limit) for index, limit in self._caches]
@@ -246,21 +251,23 @@ class FusedRun:
             for one in self._turnstiles:
                 stack.callback(one.leave)
                 one.enter()
-            out = self._go(x, turn, rows)
+            out = self._go(x, turn, rows, guesses=level > 0)
         for row in found:
             if row is not None:
                 row[0].take()
         setattr(out, _DONE, self)
         return out
 
-    def _go(self, x: Tensor, turn: tuple[int, int], rows: list[Any]) -> Tensor:
+    def _go(self, x: Tensor, turn: tuple[int, int], rows: list[Any], guesses: bool) -> Tensor:
         out, native = torch.empty(x.shape), self._native
         buffers = (out, self._normed, self._ids, self._weights, self._times)
         native.begin(x.data_ptr(), *turn, rows, *(one.data_ptr() for one in buffers))
         first = 0
         try:
-            while (number := self._advance(first)) < len(self.layers):
+            while (number := self._advance(first, guesses)) < len(self.layers):
                 part = self._sparse[number]
+                if guesses:
+                    part.moe.before_router(self._normed)
                 part.moe.gather(
                     *self._rows[number], partial(self._compute, part.experts), native.finish_dense
                 )
@@ -273,13 +280,15 @@ class FusedRun:
         for landed in arriving:
             self._native.compute(experts.places(landed))
 
-    def _advance(self, first: int) -> int:
-        """Go on from a layer, not begun, to the next one that misses an expert, or to the end."""
+    def _advance(self, first: int, guesses: bool) -> int:
+        """Go on from a layer, not begun, to the next one that is not passed, or to the end."""
+        if guesses:
+            return int(self._native.advance(True))
         passed: list[Passed] = []
         self.held.open(self._place)
         try:
             began = time.perf_counter()
-            number = int(self._native.advance())
+            number = int(self._native.advance(False))
             if number > first:
                 passed = self._passed(first, number, began)
         finally:

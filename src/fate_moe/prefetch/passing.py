@@ -57,9 +57,9 @@ class Passing:
         self._table: ExpertTable | None = None
         self._moved: set[ExpertKey] = set()
 
-    def is_guessing(self) -> bool:
-        """Say whether guesses are wanted now: they are made between layers."""
-        return self._mover.guess_level(1) > 0
+    def guess_level(self) -> int:
+        """Say how much is guessed now for each layer; see `Benefit`."""
+        return self._mover.guess_level(1)
 
     def open(self, place: Callable[[list[Place]], None]) -> None:
         """Let nobody leave its slot until `close`. Waits while another thread computes.

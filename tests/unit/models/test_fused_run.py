@@ -16,7 +16,8 @@ from fate_moe.engine.prepare import convert_model
 from fate_moe.engine.record import Recorder
 from fate_moe.errors import ReadError
 from fate_moe.models.fused_run import FusedRun, RunLayer
-from fate_moe.types import Choice, ExpertKey, Phase
+from fate_moe.prefetch.mover import Mover
+from fate_moe.types import Choice, ExpertKey, Phase, Prediction
 from tests.tiny import LAYERS, TOP_K, save_checkpoint
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason=native.why_missing)
@@ -221,29 +222,54 @@ def test_layers_that_miss_nothing_are_passed(
     assert len(leases) - in_prefill < (NEW - 1) * LAYERS
 
 
-def test_guesses_are_made_between_layers(
-    open_engine: Any, tiny_store: Path, computed: list[int], monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def guessed(monkeypatch: pytest.MonkeyPatch) -> list[Prediction]:
+    """Tell of every guess of a token."""
+    guesses: list[Prediction] = []
+    own = Mover.speculate
+
+    def speculate(mover: Mover, guess: Prediction | None) -> None:
+        if guess is not None and mover.turns.phase is Phase.DECODE:
+            guesses.append(guess)
+        own(mover, guess)
+
+    monkeypatch.setattr(Mover, "speculate", speculate)
+    return guesses
+
+
+@pytest.mark.parametrize("policy", ["tuned", "fate", "path"])
+def test_a_layer_that_guesses_stops_the_run(
+    policy: str, open_engine: Any, tiny_store: Path, computed: list[int], guessed: list[Prediction]
+) -> None:
+    model = without_guesses(open_engine(tiny_store, policy=policy, experts="50%").model)
+    model.fate.mover.benefit.level = 1
+    computed.clear()
+    want = one_by_one(model, lambda: answer(model))
+    before, guessed[:] = list(guessed), []
+    assert not computed
+    model.fate.reset()
+    assert same(answer(model), want)
+    assert computed == [LAYERS] * (NEW - TOO_EARLY)
+    assert {guess.layer for guess in guessed} >= set(range(2, LAYERS))
+    if policy != "path":  # which remembers the first answer
+        assert guessed == before
+    counts = model.fate.mover.telemetry.total(Phase.DECODE)
+    assert counts.requests == (NEW - 1) * TOP_K * LAYERS
+    assert counts.recall is not None
+
+
+def test_without_guesses_no_layer_repeats_an_old_one(
+    open_engine: Any, tiny_store: Path, computed: list[int], guessed: list[Prediction]
 ) -> None:
     model = without_guesses(open_engine(tiny_store, experts="50%").model)
     model.fate.mover.benefit.level = 1
-    computed.clear()
     answer(model)
-    assert not computed
-    assert model.fate.report().guesses > 0
-    mover = model.fate.mover
-    mover.benefit.level = 0
-    late: list[Any] = []
-    own = mover.speculate
-
-    def speculate(guess: Any) -> None:
-        if guess is not None and mover.turns.phase is Phase.DECODE:
-            late.append(guess)
-        own(guess)
-
-    monkeypatch.setattr(mover, "speculate", speculate)
+    model.fate.mover.benefit.level = 0
+    computed.clear()
+    guessed.clear()
     answer(model)
     assert computed == [LAYERS] * (NEW - 1)
-    assert not late  # no layer that stops a run says again what it guessed before
+    assert not guessed
 
 
 def test_an_expert_that_cannot_be_read_costs_its_token_only(
@@ -251,20 +277,21 @@ def test_an_expert_that_cannot_be_read_costs_its_token_only(
 ) -> None:
     model = open_engine(tiny_store, policy="demand", experts="30%").model
     want = answer(model)
-    computed.clear()
-    layer = model.model.layers[4].mlp.experts
-    own, calls = layer.forward, []
+    own, calls = FusedRun._compute, []
 
-    def broken(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        calls.append(len(x))
+    def broken(run: FusedRun, experts: Any, arriving: Any) -> None:
+        calls.append(next(iter(arriving)))
         if len(calls) == 3:
             raise ReadError(ExpertKey(4, 1), "the store", 0, None, "gone")
-        return own(x, *args, **kwargs)  # type: ignore[no-any-return]
+        own(run, experts, [calls[-1], *arriving])
 
-    monkeypatch.setitem(layer.__dict__, "forward", broken)
-    with pytest.raises(ReadError):
-        answer(model)
-    assert calls == [11, 1, 1]
+    computed.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(FusedRun, "_compute", broken)
+        with pytest.raises(ReadError):
+            answer(model)
+    assert len(calls) == 3
+    assert not computed
     assert same(answer(model), want)
     model.fate.mover.table.check()
 
@@ -287,13 +314,9 @@ def test_experts_computed_from_two_bits_go_one_by_one(open_engine: Any, tiny_sto
     assert not run_layers(model)
 
 
-def test_a_window_asks_for_guesses_all_the_same(
-    open_engine: Any, tiny_store: Path, computed: list[int]
-) -> None:
+def test_a_window_asks_for_guesses_all_the_same(open_engine: Any, tiny_store: Path) -> None:
     model = open_engine(tiny_store, experts="100%", window=4).model
-    computed.clear()
     answer(model)
-    assert not computed
     assert model.fate.report().recall
 
 

@@ -234,11 +234,11 @@ def test_a_prompt_of_another_thread_borrows_nobody_that_is_passed(bench: Make) -
     b.mover.table.check()
 
 
-def test_where_guesses_are_wanted_nobody_should_pass(bench: Make) -> None:  # noqa: F811
-    assert Traveller(bench([2], 1, 4)).passing.is_guessing() is False  # one level: none
+def test_the_level_of_guessing_is_the_movers(bench: Make) -> None:  # noqa: F811
+    assert Traveller(bench([2], 1, 4)).passing.guess_level() == 0  # one level: none
     b = bench([2], 1, None)
     b.mover.benefit.levels, b.mover.benefit.level = 2, 1
     t = Traveller(b)
-    assert t.passing.is_guessing()
+    assert t.passing.guess_level() == 1
     b.mover.benefit.level = 0
-    assert not t.passing.is_guessing()
+    assert t.passing.guess_level() == 0
