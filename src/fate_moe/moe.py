@@ -71,7 +71,11 @@ class MoELayer:
         if not wanted and self.observer is None:
             return  # most layers of most tokens, where guessing does not pay
         with torch.no_grad():
-            x = gate_input.reshape(-1, gate_input.shape[-1])
+            x = (
+                gate_input
+                if gate_input.dim() == 2
+                else gate_input.reshape(-1, gate_input.shape[-1])
+            )
             guess = self._predictor.next(self.layer, x) if wanted else None
             self._guess = guess and self._with_low(guess, len(x))
             if self.observer is not None:

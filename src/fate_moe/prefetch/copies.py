@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, Protocol
 
 from fate_moe.errors import ReadError
@@ -109,7 +108,7 @@ class CopyEngine:
         with self._lock:
             request = self._take_waiting(key)
             if request is not None:
-                self._begin(replace(request, urgent=True))
+                self._begin(request._replace(urgent=True))
             elif key in self._begun:
                 mark, guessed_bytes = self._begun[key]
                 self._begun[key] = mark, 0

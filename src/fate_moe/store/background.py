@@ -8,16 +8,14 @@ One thread at a time may call.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from fate_moe.errors import ReadError
 from fate_moe.store.layer_file import LayerFile
 from fate_moe.types import ExpertKey
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """Where the bytes of one read are, and where they go."""
 
     key: ExpertKey
@@ -27,8 +25,7 @@ class Place:
     address: int  # of the target
 
 
-@dataclass(frozen=True, slots=True)
-class Landed:
+class Landed(NamedTuple):
     """What came of one read.
 
     Attributes:

@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from fate_moe import native
 from fate_moe.errors import FormatError, ReadError
@@ -66,8 +65,7 @@ class RecordReader(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """One read among several: fill buffer[:length] with record[start : start + length]."""
 
     key: ExpertKey
