@@ -3,6 +3,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -70,7 +71,7 @@ void begin(fate::TokenRun& run, Address x, Address cos, Address sin, const std::
 
 std::size_t advance(fate::TokenRun& run, bool stops_always) {
   fate::Locked our;
-  need(!run.is_stopped() || run.awaited() == 0, "need all experts where it stopped");
+  need(!run.is_stopped() || run.awaited().empty(), "need all experts where it stopped");
   return run.advance(our.pool, our.memory, stops_always);
 }
 
@@ -80,7 +81,13 @@ void compute(fate::TokenRun& run, const std::vector<std::tuple<std::int64_t, Add
   for (const auto& [expert, address, head_only] : arrived)
     experts.push_back({expert, at<std::uint8_t>(address), head_only});
   fate::Locked our;
-  need(run.is_stopped() && experts.size() <= run.awaited(), "no such experts are needed");
+  need(run.is_stopped(), "no experts are needed");
+  std::vector<std::int64_t> left = run.awaited();
+  for (const fate::Arrived& one : experts) {
+    const auto found = std::find(left.begin(), left.end(), one.expert);
+    need(found != left.end() && one.record != nullptr, "no such expert is needed");
+    left.erase(found);
+  }
   run.compute(our.pool, experts);
 }
 

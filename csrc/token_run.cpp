@@ -1,14 +1,16 @@
 #include "token_run.h"
 
+#include <algorithm>
 #include <chrono>
 
 namespace fate {
 
 void TokenRun::begin(const Passage& passage) {
   passage_ = passage;
-  at_ = awaited_ = 0;
+  at_ = 0;
   x_ = passage_.x;
   is_stopped_ = is_dense_open_ = false;
+  awaited_.clear();
 }
 
 std::size_t TokenRun::advance(Pool& pool, DecodeMemory& memory, bool stops_always) {
@@ -48,7 +50,7 @@ void TokenRun::choose(Pool& pool, DecodeMemory& memory, const RunLayer& layer) {
   float* const weights = passage_.weights + at_ * k;
   layer.router.run(memory, passage_.normed, logits_.floats(layer.router.experts), weights, ids);
   step_.begin(pool, layer.shape, passage_.normed, 1, k, ids, weights);
-  awaited_ = k;
+  awaited_.assign(ids, ids + k);
 }
 
 // All that the layer at hand has chosen, or nothing where one is missing.
@@ -64,7 +66,8 @@ std::vector<Arrived> TokenRun::placed_experts(const RunLayer& layer) const {
 
 void TokenRun::compute(Pool& pool, const std::vector<Arrived>& arrived) {
   step_.run(pool, arrived);
-  awaited_ -= arrived.size();
+  for (const Arrived& one : arrived)
+    awaited_.erase(std::remove(awaited_.begin(), awaited_.end(), one.expert), awaited_.end());
 }
 
 void TokenRun::finish_dense(Pool& pool, DecodeMemory& memory) {

@@ -51,9 +51,9 @@ class TokenRun {
   // `stops_always`, and return its number, or to the end. All experts of the layer it stopped at must
   // have been computed.
   std::size_t advance(Pool& pool, DecodeMemory& memory, bool stops_always);
-  // How many experts of the layer it stopped at are still to be computed.
-  std::size_t awaited() const { return awaited_; }
-  // Compute experts, distinct, of the layer it stopped at.
+  // The experts of the layer it stopped at that are still to be computed.
+  const std::vector<std::int64_t>& awaited() const { return awaited_; }
+  // Compute some of them, distinct.
   void compute(Pool& pool, const std::vector<Arrived>& arrived);
   // End what other cores have begun of the layer it stopped at: its shared expert.
   void finish_dense(Pool& pool, DecodeMemory& memory);
@@ -69,7 +69,7 @@ class TokenRun {
   const float* x_ = nullptr;  // what entered the layer, and what leaves it
   float* y_ = nullptr;
   bool is_stopped_ = false, is_dense_open_ = false;
-  std::size_t awaited_ = 0;
+  std::vector<std::int64_t> awaited_;
   ExpertStep step_;
   Buffer hidden_[2], grown_, dense_, logits_;
 };

@@ -3,8 +3,8 @@
     python scripts/measure_prediction.py --experts 25%,12.5%,50% --link 200MB,1GB,none --out DIR
 
 In every cell (a budget and a link) the policies resident, demand and tuned answer the same prompts
-in turns. Resident tells what a token and its experts take; the same layer by layer, what a layer
-takes more that is not passed; guessing with everything resident, what guesses take; `demand` in the
+in turns. Resident tells what a token and its experts take; the same with stops, what a layer takes
+more that is not passed; guessing with everything resident, what guesses take; `demand` in the
 first cell, what a read takes from computing (docs/traces.md). All other cells are predicted with
 that. `tuned` stops guessing where that is quicker: so does its prediction. Leave the machine alone
 meanwhile, and set OMP_WAIT_POLICY=PASSIVE; `stolen` says how many cores' time a virtual machine's
@@ -40,7 +40,7 @@ from fate_moe.models.kv_cache import new_cache
 from fate_moe.sim.guesses import make_guesser
 from fate_moe.sim.timeline import Link, time_decode
 from fate_moe.sim.trace import Trace
-from fate_moe.types import Choice, Phase, Prediction, no_progress
+from fate_moe.types import Phase, no_progress
 
 PROMPTS = (
     "Explain why the sky is blue and the sunset is red, to a child who asks about everything.",
@@ -50,19 +50,7 @@ PROMPTS = (
 )
 FORM = Form((), (), (), 1, prompt_tokens=32, new_tokens=64, warm_ups=1)
 ALWAYS = "tuned+window=99"  # with a window there is no choice: guesses are always made
-
-
-class Nobody:
-    """An observer: where there is one, layers are computed one by one (`models/fused_run.py`)."""
-
-    def asked(self, layer: int, gate_input: Tensor, guess: Prediction | None) -> None:
-        """Look at nothing."""
-
-    def sharpened(self, guess: Prediction) -> None:
-        """Look at nothing."""
-
-    def chose(self, choice: Choice) -> None:
-        """Look at nothing."""
+ENDS = ("resident", "stopping")
 
 
 @dataclass(frozen=True)
@@ -164,7 +152,7 @@ def run_cell(
     """Measure a cell and predict it.
 
     Args:
-        ends: with everything resident, layers passed and one by one.
+        ends: with everything resident, all layers passed, and none.
         costs: what a read takes from computing, and what a layer takes that is not passed; what
             is None is measured here.
     """
@@ -180,7 +168,7 @@ def run_cell(
         read_s, stop_s = costs
         if stop_s is None:
             layers = len(engines["resident"].layers)
-            stop_s = max(0.0, took["layered"].token_s - base.token_s) / layers
+            stop_s = max(0.0, took["stopping"].token_s - base.token_s) / layers
         link = Link(
             bytes_s or demand.link_bytes_s, base.token_s, guess_s=guess_s,
             experts_s=base.lease_s, stop_s=stop_s,
@@ -216,13 +204,14 @@ def main() -> None:
     store = find_store(asked.model, cache_dir=default_cache_dir(), progress=no_progress)
     requests = requests_of(store, PROMPTS, FORM)
     traces = record(store, requests)
-    ends = {name: open_engine(store, "resident", None, None) for name in ("resident", "layered")}
-    for layer in ends["layered"].layers:
-        layer.observer = Nobody()
+    ends = {name: open_engine(store, "resident", None, None) for name in ENDS}
+    ends["stopping"].mover.benefit.level = 1  # as if there were guesses to make
     always = open_engine(store, ALWAYS, "100%", None)
-    took = measure({"layered": ends["layered"], ALWAYS: always}, requests)
+    always.mover.benefit.levels = 2  # once per layer, as the stops are
+    took = measure({"stopping": ends["stopping"], ALWAYS: always}, requests)
     always.close()
-    guess_s = max(0.0, took[ALWAYS].token_s - took["layered"].token_s)
+    own_guess_s = took[ALWAYS].token_s - took["stopping"].token_s
+    guess_s = max(0.0, own_guess_s)
     given = [None if us is None else us / 1e6 for us in (asked.read_us, asked.stop_us)]
     print("link\texperts\tpolicy\tpredicted\treached\tratio\tstolen", flush=True)
     with (asked.out / "prediction.jsonl").open("w", encoding="utf-8") as lines:
@@ -230,7 +219,7 @@ def main() -> None:
             cell = (experts, None if rate == "none" else rate)
             row = run_cell(store, requests, ends, cell, traces, guess_s, (given[0], given[1]))
             given = [row["read_s"], row["stop_s"]]
-            lines.write(json.dumps({**row, "guess_s": guess_s}) + "\n")
+            lines.write(json.dumps({**row, "guess_s": guess_s, "own_guess_s": own_guess_s}) + "\n")
             lines.flush()
             for policy, predicted in row["predicted"].items():
                 reached = 1 / row["took"][policy]["token_s"]

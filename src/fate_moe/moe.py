@@ -1,7 +1,7 @@
 """Where do the four stages meet?
 
 One `MoELayer` per MoE layer of the model: predict, prefetch, cache (behind the lease) and compute,
-in one function. Knows no family, no file format and no policy.
+in one function, `gather`. Knows no family, no file format and no policy.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ class MoELayer:
         self._low_experts = low_experts
         self._light_share = light_share
         self._guess: Prediction | None = None
+        self._is_skipped = False
         self.observer: Observer | None = None
 
     def before_router(self, gate_input: Tensor) -> None:
@@ -81,9 +82,14 @@ class MoELayer:
             if self.observer is not None:
                 self.observer.asked(self.layer, x, self._guess)
 
+    def skip_layer(self) -> None:
+        """Be told that this layer is computed already, before it is called: nothing to guess."""
+        self._is_skipped = True
+
     def before_layer(self, hidden: Tensor) -> None:
         """Guess this layer's experts again from what enters it, [.., D]."""
-        if self._mover.guess_level(_tokens(hidden)) <= 1:
+        is_skipped, self._is_skipped = self._is_skipped, False
+        if is_skipped or self._mover.guess_level(_tokens(hidden)) <= 1:
             return
         with torch.no_grad():
             x = hidden.reshape(-1, hidden.shape[-1])

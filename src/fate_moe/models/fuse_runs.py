@@ -1,7 +1,8 @@
 """Which layers of a model are runs, and does a run compute what its layers compute?
 
-Each run is tried beside its layers when a model is loaded, on random records, once with everything
-in memory and once with every other layer's experts elsewhere. It must have the same bits.
+Each run is tried beside its layers when a model is loaded, on random records: with everything in
+memory, with every other layer's experts elsewhere, and stopping at every layer, as where guesses
+are made (none are). It must have the same bits.
 """
 
 from __future__ import annotations
@@ -140,6 +141,9 @@ class _Gathered:
     observer: None = None
 
     def before_router(self, gate_input: Tensor) -> None:
+        """Guess nothing."""
+
+    def skip_layer(self) -> None:
         """Guess nothing."""
 
     def gather(

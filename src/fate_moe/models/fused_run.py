@@ -59,6 +59,8 @@ class Gathering(Protocol):
 
     def before_router(self, gate_input: Tensor) -> None: ...
 
+    def skip_layer(self) -> None: ...
+
     def gather(
         self,
         topk_ids: Tensor,
@@ -255,6 +257,9 @@ class FusedRun:
         for row in found:
             if row is not None:
                 row[0].take()
+        for number, part in self._sparse.items():
+            if number > 0:  # the first layer's own call is the one that computes
+                part.moe.skip_layer()
         setattr(out, _DONE, self)
         return out
 
@@ -266,8 +271,7 @@ class FusedRun:
         try:
             while (number := self._advance(first, guesses)) < len(self.layers):
                 part = self._sparse[number]
-                if guesses:
-                    part.moe.before_router(self._normed)
+                part.moe.before_router(self._normed)
                 part.moe.gather(
                     *self._rows[number], partial(self._compute, part.experts), native.finish_dense
                 )

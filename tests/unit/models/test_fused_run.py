@@ -15,7 +15,7 @@ from fate_moe import native
 from fate_moe.engine.prepare import convert_model
 from fate_moe.engine.record import Recorder
 from fate_moe.errors import ReadError
-from fate_moe.models.fused_run import FusedRun, RunLayer
+from fate_moe.models.fused_run import FusedRun, RunLayer, Untouched
 from fate_moe.prefetch.mover import Mover
 from fate_moe.types import Choice, ExpertKey, Phase, Prediction
 from tests.tiny import LAYERS, TOP_K, save_checkpoint
@@ -105,8 +105,33 @@ def test_only_experts_that_are_awaited_are_computed(model: Any) -> None:
     answer(model)
     run = run_layers(model)[0]._run
     assert run is not None
-    with pytest.raises(ValueError, match="no such experts are needed"):
-        run._native.compute([(0, 0, False)])
+    with pytest.raises(ValueError, match="no experts are needed"):
+        run._native.compute([(0, 1, False)])
+
+
+@pytest.mark.parametrize("wrong", ["twice", "nowhere", "another", "too many"])
+def test_only_experts_that_were_chosen_are_computed(
+    wrong: str, open_engine: Any, tiny_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = open_engine(tiny_store, policy="demand", experts="30%").model
+    want = answer(model)
+
+    def compute(run: FusedRun, experts: Any, arriving: Any) -> None:
+        (expert, address, low), *rest = experts.places(next(iter(arriving)))
+        chosen = sorted(e for row in run._ids.tolist() for e in row)
+        unknown = next(e for e in range(10**6) if e not in chosen)
+        run._native.compute({
+            "twice": [(expert, address, low)] * 2,
+            "nowhere": [(expert, 0, low)],
+            "another": [(unknown, address, low)],
+            "too many": [(expert, address, low), *rest, (unknown, address, low)],
+        }[wrong])  # fmt: skip
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FusedRun, "_compute", compute)
+        with pytest.raises(ValueError, match="no such expert is needed"):
+            answer(model)
+    assert same(answer(model), want)
 
 
 def test_nothing_goes_on_before_all_experts_of_a_layer_are_computed(
@@ -242,20 +267,49 @@ def test_a_layer_that_guesses_stops_the_run(
     policy: str, open_engine: Any, tiny_store: Path, computed: list[int], guessed: list[Prediction]
 ) -> None:
     model = without_guesses(open_engine(tiny_store, policy=policy, experts="50%").model)
+    answer(model)  # without guesses: the run knows by now where records lie
     model.fate.mover.benefit.level = 1
     computed.clear()
     want = one_by_one(model, lambda: answer(model))
-    before, guessed[:] = list(guessed), []
     assert not computed
+    before, guessed[:] = list(guessed), []
     model.fate.reset()
     assert same(answer(model), want)
-    assert computed == [LAYERS] * (NEW - TOO_EARLY)
-    assert {guess.layer for guess in guessed} >= set(range(2, LAYERS))
-    if policy != "path":  # which remembers the first answer
+    assert computed == [LAYERS] * (NEW - 1)
+    first = 2 if policy == "path" else 1  # which needs to have seen two layers
+    assert [guess.layer for guess in guessed] == [*range(first, LAYERS)] * (NEW - 1)
+    if policy != "path":  # which remembers the answer before
         assert guessed == before
     counts = model.fate.mover.telemetry.total(Phase.DECODE)
     assert counts.requests == (NEW - 1) * TOP_K * LAYERS
     assert counts.recall is not None
+
+
+def test_what_a_run_has_computed_is_guessed_no_more(
+    open_engine: Any, tiny_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = without_guesses(open_engine(tiny_store, experts="50%").model)
+    benefit, sharpened = model.fate.mover.benefit, list[int]()
+    for layer in model.fate.layers:
+        own = layer.before_layer
+        home = next(
+            one.layer.module
+            for one in run_layers(model)
+            if one.feed_forward.moe.layer == layer.layer
+        )  # type: ignore[union-attr]
+        home.register_forward_pre_hook(lambda _, args, own=own: own(args[0]))
+        monkeypatch.setattr(layer._predictor, "sharpen", lambda number, x: sharpened.append(number))
+    for one in run_layers(model):  # the hooks are part of the model, as the engine's own are
+        one._run._untouched = Untouched([one.layer.module])  # type: ignore[union-attr]
+
+    def rise(seconds: float) -> None:
+        benefit.level = 2
+
+    answer(model)
+    sharpened.clear()
+    benefit.levels, benefit.end_step = 3, rise
+    answer(model)  # the level rises at the end of the first token, and stays
+    assert sharpened == [*range(LAYERS)] * (NEW - 1)  # the prompt, and all tokens but the first
 
 
 def test_without_guesses_no_layer_repeats_an_old_one(

@@ -25,8 +25,9 @@ def test_cells_are_measured_and_predicted_with_the_first_ones_read_cost(
     first, second = map(json.loads, lines)
     assert max(0.0, first["own_read_s"]) == first["read_s"] == second["read_s"]
     assert first["took"]["demand"]["reads"] > second["took"]["demand"]["reads"] > 0
-    assert first["took"]["resident"]["reads"] == first["took"]["layered"]["reads"] == 0
+    assert first["took"]["resident"]["reads"] == first["took"]["stopping"]["reads"] == 0
     assert first["stop_s"] == second["stop_s"]
+    assert first["guess_s"] == max(0.0, first["own_guess_s"])
     assert first["stops"] >= second["stops"] > 0
     # Reads of milliseconds are most of a token's time: the model cannot be far off.
     assert 0.6 < first["predicted"]["demand"] * first["took"]["demand"]["token_s"] < 1.6
