@@ -117,7 +117,7 @@ StopUs = Annotated[
     typer.Option(
         metavar="US", min=0, max=1e6, rich_help_panel=TIME,
         help="What a layer takes more than in --token-ms if it misses an expert, or is guessed "
-        "for: the engine's bookkeeping, such as 30; docs/traces.md says how to measure it.",
+        "for: the engine's bookkeeping, such as 60; docs/traces.md says how to measure it.",
     ),
 ]  # fmt: skip
 ShallowLayers = Annotated[
@@ -186,7 +186,7 @@ def simulate(
 
         fate simulate run.trace --predictor none,recorded --link 1.2GB --token-ms 48
 
-        fate simulate run.trace --link 200MB --token-ms 17.5 --read-us 70 --stop-us 30
+        fate simulate run.trace --link 200MB --token-ms 17.5 --read-us 70 --stop-us 60
     """
     with TerminalProgress() as progress:
         from fate_moe.sim.sweep import run_cells

@@ -26,7 +26,7 @@ class LayerFile:
 
     def __init__(self, path: Path, direct: bool) -> None:
         self.path = str(path)
-        self._lock = threading.RLock()  # guards _reading and the descriptors
+        self._lock = threading.RLock()  # of _reading and the descriptors; the collector may close
         self._idle = threading.Condition(self._lock)
         self._reading = 0
         self._seek_lock = threading.Lock()  # makes seek + read one step where preadv is missing

@@ -13,6 +13,7 @@ import pytest
 from fate_moe.errors import FormatError, ReadError
 from fate_moe.store.convert import convert
 from fate_moe.store.format import Manifest
+from fate_moe.store.layer_file import LayerFile
 from fate_moe.store.reader import FileReader
 from fate_moe.types import ExpertKey
 from tests.unit.store.formula import FormulaSource, formula
@@ -265,3 +266,19 @@ def test_a_store_with_a_bad_layer_file_is_not_opened(
             path.mkdir()
     with pytest.raises(FormatError, match=r"experts-00001\.safetensors"):
         FileReader(folder, manifest)
+
+
+def test_a_thread_that_is_told_to_close_while_it_holds_a_file_does(tmp_path: Path) -> None:
+    path = tmp_path / "records"
+    path.write_bytes(bytes(4096))
+    file = LayerFile(path, direct=False)
+
+    def collect() -> None:  # as the collector may do at any point of a thread
+        with file._lock:
+            file.close()
+
+    thread = threading.Thread(target=collect, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert file.hold(0, 0, 4096) == -1
