@@ -7,6 +7,8 @@
 
 #include <stdexcept>
 #include <tuple>
+#include <unordered_map>
+#include <utility>
 
 #include "courier.h"
 #include "io.h"
@@ -19,8 +21,7 @@ namespace {
 using Wanted = std::vector<std::tuple<int, std::uint64_t, std::uintptr_t, std::size_t>>;
 using Outcome = std::vector<std::tuple<std::size_t, int>>;
 
-using Asked = std::vector<std::tuple<std::uint64_t, int, std::uint64_t, std::uintptr_t, std::size_t>>;
-using Arrived = std::vector<std::tuple<std::uint64_t, std::size_t, int, double>>;
+using Files = std::vector<std::tuple<int, int, std::uint64_t, std::int64_t, std::int64_t>>;
 
 std::unique_ptr<fate::Reads> make_reads(const std::string& way, int depth) {
   auto reads = fate::Reads::make(way, depth);
@@ -43,20 +44,123 @@ Outcome read_batch(fate::Reads& reads, const Wanted& wanted) {
   return outcome;
 }
 
-void start(fate::Courier& courier, const Asked& asked) {
-  std::vector<std::pair<std::uint64_t, fate::Read>> wanted;
-  wanted.reserve(asked.size());
-  for (const auto& [id, fd, offset, address, length] : asked)
-    wanted.push_back({id, {fd, offset, reinterpret_cast<std::uint8_t*>(address), length}});
-  courier.start(wanted);
-}
+// Reads of records, asked for by the requests of store/reader.py, which are kept until their reads are
+// over, and their buffers with them. Python's lock guards all of it.
+class RecordCourier {
+ public:
+  RecordCourier(const std::string& way, int depth, std::size_t together, const Files& files)
+      : courier_(make_reads(way, depth), together) {
+    for (const auto& [direct, buffered, first, bytes, records] : files)
+      files_.push_back({direct, buffered, first, bytes, records});
+  }
 
-Arrived landed(fate::Courier& courier) {
-  Arrived arrived;
-  for (const auto& one : courier.landed())
-    arrived.emplace_back(one.id, one.done, one.error, one.ago_s);
-  return arrived;
-}
+  // Begins what can be read; returns the others.
+  nb::list start(const nb::sequence& requests) {
+    std::vector<std::pair<std::uint64_t, fate::Read>> wanted;
+    std::vector<nb::object> kept;
+    nb::list refused;
+    for (const nb::handle request : requests) {
+      fate::Read read;
+      std::uint64_t id = 0;
+      if (!is_closed_ && describe(request, id, read)) {
+        wanted.push_back({id, read});
+        kept.push_back(nb::borrow(request));
+      } else {
+        refused.append(request);
+      }
+    }
+    for (std::size_t i = 0; i < wanted.size(); ++i)
+      open_[wanted[i].first] = {std::move(kept[i]), wanted[i].second.length};
+    if (!wanted.empty()) courier_.start(wanted);
+    return refused;
+  }
+
+  bool withdraw(std::uint64_t layer, std::uint64_t expert) {
+    const auto found = open_.find(id_of(layer, expert));
+    if (found == open_.end() || !courier_.withdraw(found->first)) return false;
+    open_.erase(found);
+    return true;
+  }
+
+  // (request, bytes that did not come in, seconds since) of each read that is over.
+  nb::list landed() {
+    nb::list arrived;
+    for (const auto& one : courier_.landed()) {
+      const auto node = open_.extract(one.id);  // what is made below may run the collector, and that `close`
+      if (node.empty()) continue;
+      const Open& open = node.mapped();
+      arrived.append(nb::make_tuple(open.request, open.length - one.done, one.ago_s));
+    }
+    return arrived;
+  }
+
+  bool wait(double most_s) {
+    nb::gil_scoped_release unlocked;
+    return courier_.wait(most_s);
+  }
+
+  void forget() {
+    {
+      nb::gil_scoped_release unlocked;
+      courier_.drain();
+    }
+    courier_.landed();
+    open_.clear();
+  }
+
+  void close() {
+    is_closed_ = true;
+    forget();
+  }
+
+  // The file of a layer does not take direct reads.
+  void buffer(std::size_t layer) { files_.at(layer).direct = -1; }
+
+ private:
+  struct File {
+    int direct, buffered;  // descriptors; no direct one: -1
+    std::uint64_t first;   // where the first record lies
+    std::int64_t bytes, records;
+  };
+  struct Open {
+    nb::object request;
+    std::size_t length;
+  };
+  static constexpr std::uint64_t kPage = 4096;
+
+  static std::uint64_t id_of(std::uint64_t layer, std::uint64_t expert) { return layer << 32 | expert; }
+
+  // False where there is no such record, or the bytes do not fit.
+  bool describe(const nb::handle request, std::uint64_t& id, fate::Read& read) {
+    const nb::handle key = request[0];
+    const auto layer = nb::cast<std::int64_t>(key[0]), expert = nb::cast<std::int64_t>(key[1]);
+    if (layer < 0 || layer >= static_cast<std::int64_t>(files_.size())) return false;
+    const File& file = files_[layer];
+    if (expert < 0 || expert >= file.records) return false;
+    const auto start = nb::cast<std::int64_t>(request[2]);
+    const nb::object asked = request[3];
+    const auto length = asked.is_none() ? file.bytes - start : nb::cast<std::int64_t>(asked);
+    if (start < 0 || length <= 0 || length > file.bytes - start) return false;
+    Py_buffer view;
+    if (PyObject_GetBuffer(nb::object(request[1]).ptr(), &view, PyBUF_WRITABLE) != 0)
+      throw nb::python_error();
+    const auto address = static_cast<std::uint8_t*>(view.buf);
+    const bool fits = view.len >= length;
+    PyBuffer_Release(&view);  // the request holds the memory
+    if (!fits) return false;
+    const std::uint64_t offset = file.first + expert * file.bytes + start;
+    const auto bits = offset | reinterpret_cast<std::uintptr_t>(address) | static_cast<std::uint64_t>(length);
+    const bool is_direct = file.direct >= 0 && bits % kPage == 0;
+    id = id_of(layer, expert);
+    read = {is_direct ? file.direct : file.buffered, offset, address, static_cast<std::size_t>(length)};
+    return true;
+  }
+
+  fate::Courier courier_;
+  std::vector<File> files_;
+  std::unordered_map<std::uint64_t, Open> open_;
+  bool is_closed_ = false;
+};
 
 }  // namespace
 
@@ -64,13 +168,14 @@ void bind_io(nb::module_& m) {
   m.def("read_ways", &fate::Reads::ways);
   nb::class_<fate::Reads>(m, "Reads").def("read", &read_batch, "wanted"_a);
   m.def("open_reads", &make_reads, "way"_a, "depth"_a);
-  nb::class_<fate::Courier>(m, "Courier")
-      .def("start", &start, "asked"_a)
-      .def("withdraw", &fate::Courier::withdraw, "id"_a)
-      .def("drain", &fate::Courier::drain, nb::call_guard<nb::gil_scoped_release>())
-      .def("landed", &landed)
-      .def("wait", &fate::Courier::wait, "most_s"_a, nb::call_guard<nb::gil_scoped_release>());
-  m.def("open_courier", [](const std::string& way, int depth, std::size_t together) {
-    return std::make_unique<fate::Courier>(make_reads(way, depth), together);
-  }, "way"_a, "depth"_a, "together"_a);
+  nb::class_<RecordCourier>(m, "RecordCourier")
+      .def(nb::init<const std::string&, int, std::size_t, const Files&>(), "way"_a, "depth"_a,
+           "together"_a, "files"_a)
+      .def("start", &RecordCourier::start, "requests"_a)
+      .def("withdraw", &RecordCourier::withdraw, "layer"_a, "expert"_a)
+      .def("landed", &RecordCourier::landed)
+      .def("wait", &RecordCourier::wait, "most_s"_a)
+      .def("forget", &RecordCourier::forget)
+      .def("close", &RecordCourier::close)
+      .def("buffer", &RecordCourier::buffer, "layer"_a);
 }

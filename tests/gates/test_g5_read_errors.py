@@ -11,7 +11,7 @@ import pytest
 from fate_moe.engine.generate import Conversation, Sampling
 from fate_moe.errors import ReadError
 from fate_moe.models.load import load_tokenizer
-from fate_moe.store.reader import FileReader
+from fate_moe.store.reader import FileReader, Request
 from tests.conftest import Open
 
 
@@ -47,10 +47,10 @@ def test_raises_read_error_and_goes_on(
         def __getattr__(self, name: str) -> Any:
             return getattr(self.real, name)
 
-        def landed(self) -> list[tuple[int, int, int, float]]:
-            found: list[tuple[int, int, int, float]] = self.real.landed()
+        def landed(self) -> list[tuple[Request, int, float]]:
+            found: list[tuple[Request, int, float]] = self.real.landed()
             batches.extend(1 for _ in found)
-            return [(one[0], 0, errno.EIO, one[3]) for one in found] if heard else found
+            return [(one, len(one.buffer), ago_s) for one, _, ago_s in found] if heard else found
 
     monkeypatch.setattr(os, "preadv", broken)
     reader = engine.reader

@@ -1,28 +1,20 @@
 """Which reads go on while their caller does something else?
 
-A place for each that is under way, a file kept open for it, and what came of it. The reading
-itself is the native core's (csrc/courier.h): a thread that never waits for the interpreter.
+The reading itself is the native core's (csrc/courier.h): a thread that never waits for the
+interpreter. It keeps the requests, and with them their memory; here is what came of each.
 One thread at a time may call.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fate_moe.errors import ReadError
-from fate_moe.store.layer_file import LayerFile
 from fate_moe.types import ExpertKey
 
-
-class Place(NamedTuple):
-    """Where the bytes of one read are, and where they go."""
-
-    key: ExpertKey
-    file: LayerFile
-    offset: int  # in the file
-    target: memoryview
-    address: int  # of the target
+if TYPE_CHECKING:
+    from fate_moe.store.reader import Request
 
 
 class Landed(NamedTuple):
@@ -42,74 +34,62 @@ class Landed(NamedTuple):
 class Background:
     """Reads under way, at most one of each record."""
 
-    def __init__(self, courier: Any, finish: Callable[[Place, int], None]) -> None:
+    def __init__(
+        self, courier: Any, finish: Callable[[Request, int], None], finishes_all: bool
+    ) -> None:
         """Start with none.
 
         Args:
             courier: the native core's.
-            finish: reads what is missing after the first bytes of a place; raises ReadError.
+            finish: reads the last bytes, so many, of a request that did not come in; raises
+                ReadError. Also of one that the courier could not begin.
+            finishes_all: call it for every read, also where nothing is missing.
         """
         self._courier = courier
         self._finish = finish
-        self._places: dict[int, Place] = {}
+        self._finishes_all = finishes_all
         self._refused: list[Landed] = []
 
-    def start(self, places: Sequence[Place]) -> None:
+    def start(self, requests: Sequence[Request]) -> None:
         """Begin reads; returns at once."""
-        asked = []
-        for place in places:
-            length = len(place.target)
-            fd = place.file.hold(place.offset, place.address, length)
-            if fd < 0:
-                self.refuse(place.key, ReadError(
-                    place.key, place.file.path, place.offset, None, "the store is closed"
-                ))  # fmt: skip
-                continue
-            ticket = _ticket(place.key)
-            self._places[ticket] = place
-            asked.append((ticket, fd, place.offset, place.address, length))
-        if asked:
-            self._courier.start(asked)
-
-    def refuse(self, key: ExpertKey, why: ReadError) -> None:
-        """Have `landed` say that a read could not begin."""
-        self._refused.append(Landed(key, why))
+        for request in self._courier.start(requests):
+            self._refused.append(self._finished(request, -1, 0.0))
 
     def withdraw(self, key: ExpertKey) -> bool:
         """Take a read back that has not begun; False when it has, or there is none."""
-        ticket = _ticket(key)
-        if ticket not in self._places or not self._courier.withdraw(ticket):
-            return False
-        self._places.pop(ticket).file.let_go()
-        return True
+        return bool(self._courier.withdraw(*key))
 
     def landed(self) -> list[Landed]:
         """Return what came in, or failed, since the last call."""
         found, self._refused = self._refused, []
-        for ticket, done, _, ago_s in self._courier.landed():
-            place, failure = self._places.pop(ticket), None
-            try:
-                self._finish(place, done)
-            except ReadError as error:
-                failure = error
-            finally:
-                place.file.let_go()
-            found.append(Landed(place.key, failure, ago_s))
+        for request, missing, ago_s in self._courier.landed():
+            if missing or self._finishes_all:
+                found.append(self._finished(request, missing, ago_s))
+            else:
+                found.append(Landed(request.key, None, ago_s))
         return found
 
     def wait(self, most_s: float) -> bool:
         """Wait until `landed` has something to say; False after `most_s` or without a read."""
         return bool(self._refused) or bool(self._courier.wait(most_s))
 
+    def read_buffered(self, layer: int) -> None:
+        """Begin no more direct reads of a layer."""
+        self._courier.buffer(layer)
+
     def forget(self) -> None:
         """Take back what has not begun and wait for what has; `landed` reports none of it."""
-        self._courier.drain()
-        self._courier.landed()
+        self._courier.forget()
         self._refused.clear()
-        for place in self._places.values():
-            place.file.let_go()
-        self._places.clear()
 
+    def close(self) -> None:
+        """Forget all and begin nothing more: the files may be closed."""
+        self._courier.close()
+        self._refused.clear()
 
-def _ticket(key: ExpertKey) -> int:
-    return key.layer << 32 | key.expert
+    def _finished(self, request: Request, missing: int, ago_s: float) -> Landed:
+        try:
+            self._finish(request, missing)
+        except ReadError as error:
+            return Landed(request.key, error, ago_s)
+        return Landed(request.key, None, ago_s)

@@ -45,6 +45,11 @@ class LayerFile:
         finally:
             self.let_go()
 
+    @property
+    def descriptors(self) -> tuple[int, int]:
+        """The direct one, -1 where there is none, and the buffered one."""
+        return (self._direct_fd if self.is_direct else -1), self._buffered_fd
+
     def hold(self, offset: int, address: int, length: int) -> int:
         """Return the descriptor for this read and keep it open until `let_go`; -1 when closed."""
         direct = self.is_direct and (offset | address | length) % PAGE == 0

@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from fate_moe import native
 from fate_moe.errors import FormatError, ReadError
-from fate_moe.store.background import Background, Landed, Place
+from fate_moe.store.background import Background, Landed
 from fate_moe.store.format import LayerEntry, Manifest, record_name
 from fate_moe.store.header import read_header
 from fate_moe.store.layer_file import LayerFile, address_of
@@ -31,6 +31,16 @@ _DEPTH = 64  # reads under way in one call of the native core
 TOGETHER_BYTES = 128 << 10
 """Of background reads at most so many are under way at once: what a demand waits behind."""
 _BATCH_BYTES = 1 << 20  # from here on a disk is as fast with single reads, which land one by one
+
+
+class Place(NamedTuple):
+    """Where the bytes of one read are, and where they go."""
+
+    key: ExpertKey
+    file: LayerFile
+    offset: int  # in the file
+    target: memoryview
+    address: int  # of the target
 
 
 class RecordReader(Protocol):
@@ -214,17 +224,13 @@ class FileReader:
     def start(self, requests: Sequence[Request]) -> None:
         """Begin reads that go on by themselves; see BackgroundReader."""
         if self._background is None:
-            courier = native.core().open_courier(self._way, _DEPTH, TOGETHER_BYTES)
-            self._background = Background(courier, self._finish)
-        places = []
-        for request in requests:
-            try:
-                places.append(
-                    self._place(request.key, request.buffer, request.start, request.length)
-                )
-            except ReadError as error:
-                self._background.refuse(request.key, error)
-        self._background.start(places)
+            files = [
+                (*file.descriptors, entry.first_offset, entry.record_bytes, entry.num_experts)
+                for file, entry in zip(self._files, self._layers, strict=True)
+            ]
+            courier = native.core().RecordCourier(self._way, _DEPTH, TOGETHER_BYTES, files)
+            self._background = Background(courier, self._finish_request, self._verify_on_read)
+        self._background.start(requests)
 
     def promote(self, key: ExpertKey) -> None:
         """Change nothing: few small reads are ahead of it."""
@@ -248,7 +254,8 @@ class FileReader:
 
     def close(self) -> None:
         """Close the files; reads that are under way finish first."""
-        self.forget()
+        if self._background is not None:
+            self._background.close()
         for file in self._files:
             file.close()
 
@@ -286,6 +293,14 @@ class FileReader:
         finally:
             for file in held:
                 file.let_go()
+
+    def _finish_request(self, request: Request, missing: int) -> None:
+        """Read the last bytes of a request, all of them if it could not begin."""
+        key = request.key
+        place = self._place(key, request.buffer, request.start, request.length)
+        self._finish(place, 0 if missing < 0 else len(place.target) - missing)
+        if missing and not place.file.is_direct and self._background is not None:
+            self._background.read_buffered(key.layer)  # it has found out, just now or before
 
     def _finish(self, place: Place, done: int) -> None:
         """Read what is missing after the first `done` bytes and check the record if asked to."""

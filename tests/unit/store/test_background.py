@@ -92,8 +92,8 @@ def test_what_the_core_could_not_read_is_read_again_and_then_fails(
         def __getattr__(self, name: str) -> object:
             return getattr(real, name)
 
-        def landed(self) -> list[tuple[int, int, int, float]]:
-            return [(one[0], 0, errno.EIO, one[3]) for one in real.landed()]
+        def landed(self) -> list[tuple[Request, int, float]]:
+            return [(one[0], len(one[0].buffer), one[2]) for one in real.landed()]
 
     monkeypatch.setattr(background, "_courier", Nothing())
     requests = requests_for(reader, KEYS[:2])
@@ -104,6 +104,73 @@ def test_what_the_core_could_not_read_is_read_again_and_then_fails(
         monkeypatch.setattr(file, "read", broken)
     reader.start(requests)
     assert all("injected" in str(one.failure) for one in collect(reader, 2).values())
+
+
+def test_what_does_not_fit_a_record_is_refused_with_the_reason(reader: FileReader) -> None:
+    key, size = KEYS[0], reader.record_bytes(KEYS[0].layer)
+    reader.start([])
+    for request in (
+        Request(key._replace(expert=99), slot(size)),
+        Request(key._replace(layer=-1), slot(size)),
+        Request(key, slot(2 * size), 0, size + 1),
+        Request(key, slot(size), -1, 1),
+        Request(key, slot(size), 0, 0),
+        Request(key, slot(size)[:-1], 0, size),
+    ):
+        reader.start([request, Request(KEYS[1], slot(reader.record_bytes(KEYS[1].layer)))])
+        found = collect(reader, 2)
+        assert found[request.key].failure is not None
+        assert found[KEYS[1]].failure is None
+    with pytest.raises(BufferError):
+        reader.start([Request(key, memoryview(bytes(size)))])
+    assert not reader.wait(0.01)
+
+
+def test_parts_of_records_come_in_where_they_belong(reader: FileReader) -> None:
+    key, size = KEYS[0], reader.record_bytes(KEYS[0].layer)
+    buffer = slot(size)
+    for start, length in ((0, 1024), (1024, 1), (1025, size - 1025)):
+        reader.start([Request(key, buffer[start : start + length], start, length)])
+        assert collect(reader, 1)[key].failure is None
+    assert bytes(buffer) == formula(key, size)
+
+
+def test_a_file_that_takes_no_direct_reads_is_read_through_the_page_cache(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = FileReader(folder, read_manifest(folder))
+    reader.start([])
+    background = reader._background
+    assert background is not None
+    buffered = list[int]()
+    monkeypatch.setattr(background, "read_buffered", buffered.append)
+    real = background._courier
+
+    class Refusing:
+        def __getattr__(self, name: str) -> object:
+            return getattr(real, name)
+
+        def landed(self) -> list[tuple[Request, int, float]]:
+            return [(one[0], len(one[0].buffer), one[2]) for one in real.landed()]
+
+    monkeypatch.setattr(background, "_courier", Refusing())
+    read_all = reader._files[0]._read_all
+
+    def found_out(key: ExpertKey, offset: int, target: memoryview) -> None:
+        reader._files[0].is_direct = False  # as when the system refuses a direct read
+        read_all(key, offset, target)
+
+    monkeypatch.setattr(reader._files[0], "_read_all", found_out)
+    (request,) = requests_for(reader, [ExpertKey(0, 1)])
+    reader.start([request])
+    assert collect(reader, 1)[request.key].failure is None
+    assert buffered == [0]
+    real.buffer(0)
+    monkeypatch.undo()
+    reader.start([request])
+    assert collect(reader, 1)[request.key].failure is None
+    assert bytes(request.buffer) == formula(request.key, len(request.buffer))
+    reader.close()
 
 
 def test_what_is_withdrawn_is_not_reported(reader: FileReader) -> None:
