@@ -102,7 +102,7 @@ class CacheConfig:
     """WHICH STAY? `shallow_layers`: how many first layers the shallow allocation keeps whole."""
 
     cache: str = "transition"
-    allocation: str = "shallow"
+    allocation: str = "even"
     shallow_layers: int = 4
 
     def __post_init__(self) -> None:

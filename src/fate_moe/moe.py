@@ -89,7 +89,9 @@ class MoELayer:
     def before_layer(self, hidden: Tensor) -> None:
         """Guess this layer's experts again from what enters it, [.., D]."""
         is_skipped, self._is_skipped = self._is_skipped, False
-        if is_skipped or self._mover.guess_level(_tokens(hidden)) <= 1:
+        # No layer before the first one names its experts.
+        least = 2 if self.layer else 1
+        if is_skipped or self._mover.guess_level(_tokens(hidden)) < least:
             return
         with torch.no_grad():
             x = hidden.reshape(-1, hidden.shape[-1])

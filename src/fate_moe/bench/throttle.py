@@ -84,10 +84,11 @@ class ThrottledReader:
         """Take a read back for which the link has not been free so far."""
         with self._lock:
             self._begin_due()
-            found = [one for one in self._waiting if one[0].key == key]
-            for one in found:
-                self._waiting.remove(one)
-            return bool(found)
+            for place, (request, _) in enumerate(self._waiting):
+                if request.key == key:
+                    del self._waiting[place]
+                    return True
+            return False
 
     def landed(self) -> list[Landed]:
         """Return what the link would have delivered since the last call."""
@@ -138,17 +139,20 @@ class ThrottledReader:
         """Claim the link for some requests; return when they are through."""
         with self._lock:
             self._begin_due()
-            self._free_s = max(self._free_s, time.perf_counter()) + self._seconds(requests)
+            self._free_s = max(self._free_s, time.perf_counter())
+            self._free_s += sum(map(self._seconds, requests))
             return self._free_s
 
     def _begin_due(self) -> None:
         """Begin the reads in the background whose turn has come."""
+        if not self._waiting:
+            return
         soon_s = time.perf_counter() + _AHEAD_S
         due: list[Request] = []
         together = 0.0
         while self._waiting:
             request, asked_s = self._waiting[0]
-            begins_s, takes_s = max(self._free_s, asked_s), self._seconds([request])
+            begins_s, takes_s = max(self._free_s, asked_s), self._seconds(request)
             together += takes_s
             # What a reader without a brake would ask its disk for at once goes at once.
             if begins_s > soon_s and not (due and together <= TOGETHER_BYTES / self._bytes_s):
@@ -159,11 +163,8 @@ class ThrottledReader:
         if due:
             self._inner.start(due)
 
-    def _seconds(self, requests: Sequence[Request]) -> float:
-        size = sum(
-            self.record_bytes(one.key.layer) - one.start if one.length is None else one.length
-            for one in requests
-        )
+    def _seconds(self, one: Request) -> float:
+        size = self.record_bytes(one.key.layer) - one.start if one.length is None else one.length
         return size / self._bytes_s
 
 

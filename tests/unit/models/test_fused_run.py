@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,8 @@ def run_layers(model: nn.Module) -> list[RunLayer]:
     return [one for one in found if isinstance(one, RunLayer)]
 
 
-def answer(model: Any, mask: Tensor | None = None, **more: Any) -> Any:
-    ids = torch.randint(3, 250, (1, 11), generator=torch.Generator().manual_seed(5))
+def answer(model: Any, mask: Tensor | None = None, length: int = 11, **more: Any) -> Any:
+    ids = torch.randint(3, 250, (1, length), generator=torch.Generator().manual_seed(5))
     return model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids) if mask is None else mask,
         max_new_tokens=NEW, do_sample=False, eos_token_id=None, output_logits=True,
@@ -189,8 +190,9 @@ def test_experts_come_and_go_as_they_do_layer_by_layer(
 ) -> None:
     def go(as_ever: bool) -> tuple[Any, Any]:
         model = open_engine(tiny_store, policy="demand", cache=cache, experts=experts).model
-        for _ in range(2):
-            one_by_one(model, lambda: answer(model)) if as_ever else answer(model)
+        for _ in range(2):  # of a longer prompt who stays depends on who lands first
+            ask = partial(answer, model, length=1)
+            one_by_one(model, ask) if as_ever else ask()
         mover = model.fate.mover
         return mover.telemetry.counts[Phase.DECODE], {e.key for e in mover.table.entries()}
 
@@ -285,22 +287,28 @@ def test_a_layer_that_guesses_stops_the_run(
     assert counts.recall is not None
 
 
-def test_what_a_run_has_computed_is_guessed_no_more(
-    open_engine: Any, tiny_store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = without_guesses(open_engine(tiny_store, experts="50%").model)
-    benefit, sharpened = model.fate.mover.benefit, list[int]()
+def sharpened_layers(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let every layer ask what enters it for a second guess; tells which did."""
+    sharpened = list[int]()
     for layer in model.fate.layers:
         own = layer.before_layer
         home = next(
             one.layer.module
             for one in run_layers(model)
-            if one.feed_forward.moe.layer == layer.layer
-        )  # type: ignore[union-attr]
+            if one.feed_forward.moe.layer == layer.layer  # type: ignore[union-attr]
+        )
         home.register_forward_pre_hook(lambda _, args, own=own: own(args[0]))
         monkeypatch.setattr(layer._predictor, "sharpen", lambda number, x: sharpened.append(number))
     for one in run_layers(model):  # the hooks are part of the model, as the engine's own are
         one._run._untouched = Untouched([one.layer.module])  # type: ignore[union-attr]
+    return sharpened
+
+
+def test_what_a_run_has_computed_is_guessed_no_more(
+    open_engine: Any, tiny_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = without_guesses(open_engine(tiny_store, experts="50%").model)
+    benefit, sharpened = model.fate.mover.benefit, sharpened_layers(model, monkeypatch)
 
     def rise(seconds: float) -> None:
         benefit.level = 2
@@ -310,6 +318,24 @@ def test_what_a_run_has_computed_is_guessed_no_more(
     benefit.levels, benefit.end_step = 3, rise
     answer(model)  # the level rises at the end of the first token, and stays
     assert sharpened == [*range(LAYERS)] * (NEW - 1)  # the prompt, and all tokens but the first
+
+
+def test_of_a_run_that_guesses_once_the_first_layer_is_guessed_from_what_enters_it(
+    open_engine: Any, tiny_store: Path, computed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = without_guesses(open_engine(tiny_store, experts="50%").model)
+    sharpened = sharpened_layers(model, monkeypatch)
+    answer(model)
+    model.fate.mover.benefit.level = 1
+    sharpened.clear()
+    computed.clear()
+    answer(model)
+    assert sharpened == [0] * NEW  # the prompt, too
+    assert computed == [LAYERS] * (NEW - 1)
+    sharpened.clear()
+    want = one_by_one(model, lambda: answer(model))
+    assert sharpened == [0] * NEW  # the prompt, too
+    assert want
 
 
 def test_without_guesses_no_layer_repeats_an_old_one(

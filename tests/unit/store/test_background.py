@@ -106,7 +106,8 @@ def test_what_the_core_could_not_read_is_read_again_and_then_fails(
     assert all("injected" in str(one.failure) for one in collect(reader, 2).values())
 
 
-def test_what_does_not_fit_a_record_is_refused_with_the_reason(reader: FileReader) -> None:
+def test_what_does_not_fit_a_record_is_refused_with_the_reason(folder: Path) -> None:
+    reader = FileReader(folder, read_manifest(folder))
     key, size = KEYS[0], reader.record_bytes(KEYS[0].layer)
     reader.start([])
     for request in (
@@ -124,6 +125,7 @@ def test_what_does_not_fit_a_record_is_refused_with_the_reason(reader: FileReade
     with pytest.raises(BufferError):
         reader.start([Request(key, memoryview(bytes(size)))])
     assert not reader.wait(0.01)
+    reader.close()
 
 
 def test_parts_of_records_come_in_where_they_belong(reader: FileReader) -> None:
