@@ -5,6 +5,7 @@
 #include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
+#include <memory>
 #include <stdexcept>
 #include <tuple>
 #include <unordered_map>
@@ -44,8 +45,23 @@ Outcome read_batch(fate::Reads& reads, const Wanted& wanted) {
   return outcome;
 }
 
-// Reads of records, asked for by the requests of store/reader.py, which are kept until their reads are
-// over, and their buffers with them. Python's lock guards all of it.
+struct Release {
+  void operator()(Py_buffer* view) const {
+    PyBuffer_Release(view);
+    delete view;
+  }
+};
+using Memory = std::unique_ptr<Py_buffer, Release>;  // kept from moving or going while it is held
+
+Memory memory_of(const nb::object& buffer) {
+  auto view = std::make_unique<Py_buffer>();
+  if (PyObject_GetBuffer(buffer.ptr(), view.get(), PyBUF_WRITABLE) != 0) throw nb::python_error();
+  return Memory(view.release());
+}
+
+// Reads of records, asked for by the requests of store/reader.py. Requests and their memory are kept
+// until their reads are over. Python's lock guards all but the waiting; what runs Python code may run
+// the collector, and that `close`.
 class RecordCourier {
  public:
   RecordCourier(const std::string& way, int depth, std::size_t together, const Files& files)
@@ -57,28 +73,34 @@ class RecordCourier {
   // Begins what can be read; returns the others.
   nb::list start(const nb::sequence& requests) {
     std::vector<std::pair<std::uint64_t, fate::Read>> wanted;
-    std::vector<nb::object> kept;
+    Opened opened;
     nb::list refused;
     for (const nb::handle request : requests) {
+      Open open;
       fate::Read read;
       std::uint64_t id = 0;
-      if (!is_closed_ && describe(request, id, read)) {
+      const bool fits = describe(request, id, read, open.memory);
+      if (fits && open_.count(id) == 0 && opened.count(id) == 0) {
+        open.request = nb::borrow(request);
+        opened.emplace(id, std::move(open));
         wanted.push_back({id, read});
-        kept.push_back(nb::borrow(request));
       } else {
         refused.append(request);
       }
     }
-    for (std::size_t i = 0; i < wanted.size(); ++i)
-      open_[wanted[i].first] = {std::move(kept[i]), wanted[i].second.length};
+    if (is_closed_) {
+      for (const auto& [id, open] : opened) refused.append(open.request);
+      return refused;
+    }
+    open_.merge(opened);
     if (!wanted.empty()) courier_.start(wanted);
     return refused;
   }
 
-  bool withdraw(std::uint64_t layer, std::uint64_t expert) {
-    const auto found = open_.find(id_of(layer, expert));
-    if (found == open_.end() || !courier_.withdraw(found->first)) return false;
-    open_.erase(found);
+  bool withdraw(std::int64_t layer, std::int64_t expert) {
+    const std::uint64_t id = id_of(layer, expert);
+    if (open_.count(id) == 0 || !courier_.withdraw(id)) return false;
+    const auto gone = open_.extract(id);
     return true;
   }
 
@@ -86,10 +108,10 @@ class RecordCourier {
   nb::list landed() {
     nb::list arrived;
     for (const auto& one : courier_.landed()) {
-      const auto node = open_.extract(one.id);  // what is made below may run the collector, and that `close`
+      const auto node = open_.extract(one.id);
       if (node.empty()) continue;
       const Open& open = node.mapped();
-      arrived.append(nb::make_tuple(open.request, open.length - one.done, one.ago_s));
+      arrived.append(nb::make_tuple(open.request, one.length - one.done, one.ago_s));
     }
     return arrived;
   }
@@ -100,12 +122,10 @@ class RecordCourier {
   }
 
   void forget() {
-    {
-      nb::gil_scoped_release unlocked;
-      courier_.drain();
-    }
+    const Opened gone = std::exchange(open_, {});
+    nb::gil_scoped_release unlocked;
+    courier_.drain();
     courier_.landed();
-    open_.clear();
   }
 
   void close() {
@@ -124,30 +144,28 @@ class RecordCourier {
   };
   struct Open {
     nb::object request;
-    std::size_t length;
+    Memory memory;
   };
+  using Opened = std::unordered_map<std::uint64_t, Open>;
   static constexpr std::uint64_t kPage = 4096;
 
-  static std::uint64_t id_of(std::uint64_t layer, std::uint64_t expert) { return layer << 32 | expert; }
+  static std::uint64_t id_of(std::int64_t layer, std::int64_t expert) {
+    return static_cast<std::uint64_t>(layer) << 32 | static_cast<std::uint64_t>(expert);
+  }
 
   // False where there is no such record, or the bytes do not fit.
-  bool describe(const nb::handle request, std::uint64_t& id, fate::Read& read) {
-    const nb::handle key = request[0];
+  bool describe(const nb::handle request, std::uint64_t& id, fate::Read& read, Memory& memory) {
+    const nb::object key = request[0], buffer = request[1], asked = request[3];
     const auto layer = nb::cast<std::int64_t>(key[0]), expert = nb::cast<std::int64_t>(key[1]);
     if (layer < 0 || layer >= static_cast<std::int64_t>(files_.size())) return false;
     const File& file = files_[layer];
     if (expert < 0 || expert >= file.records) return false;
     const auto start = nb::cast<std::int64_t>(request[2]);
-    const nb::object asked = request[3];
     const auto length = asked.is_none() ? file.bytes - start : nb::cast<std::int64_t>(asked);
     if (start < 0 || length <= 0 || length > file.bytes - start) return false;
-    Py_buffer view;
-    if (PyObject_GetBuffer(nb::object(request[1]).ptr(), &view, PyBUF_WRITABLE) != 0)
-      throw nb::python_error();
-    const auto address = static_cast<std::uint8_t*>(view.buf);
-    const bool fits = view.len >= length;
-    PyBuffer_Release(&view);  // the request holds the memory
-    if (!fits) return false;
+    memory = memory_of(buffer);
+    if (memory->len < length) return false;
+    const auto address = static_cast<std::uint8_t*>(memory->buf);
     const std::uint64_t offset = file.first + expert * file.bytes + start;
     const auto bits = offset | reinterpret_cast<std::uintptr_t>(address) | static_cast<std::uint64_t>(length);
     const bool is_direct = file.direct >= 0 && bits % kPage == 0;
@@ -156,10 +174,10 @@ class RecordCourier {
     return true;
   }
 
-  fate::Courier courier_;
   std::vector<File> files_;
-  std::unordered_map<std::uint64_t, Open> open_;
+  Opened open_;
   bool is_closed_ = false;
+  fate::Courier courier_;  // goes first: its thread writes to what is open
 };
 
 }  // namespace

@@ -36,6 +36,7 @@ bool Courier::withdraw(std::uint64_t id) {
 void Courier::drain() {
   std::unique_lock<std::mutex> hold(mutex_);
   waiting_.clear();
+  done_.notify_all();  // who waits for one of these waits for nothing
   done_.wait(hold, [this] { return busy_.empty(); });
 }
 
@@ -45,7 +46,7 @@ std::vector<Courier::Landed> Courier::landed() {
   std::vector<Landed> found;
   for (const Job& job : landed_) {
     const std::chrono::duration<double> ago = now - job.ended;
-    found.push_back({job.id, job.read.done, job.read.error, ago.count()});
+    found.push_back({job.id, job.read.length, job.read.done, job.read.error, ago.count()});
   }
   landed_.clear();
   return found;

@@ -21,7 +21,7 @@ class Courier {
  public:
   struct Landed {
     std::uint64_t id;
-    std::size_t done;  // as of `Read`
+    std::size_t length, done;  // as of `Read`
     int error;
     double ago_s;  // since its batch was through
   };

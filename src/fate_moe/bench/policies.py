@@ -46,8 +46,8 @@ RESIDENT = "resident"
 _COMPUTED = 0
 
 ABLATION = (
-    "demand", "tuned", "tuned+predictor=cross_layer", "tuned+cache=arc", "tuned+allocation=even",
-    "tuned+window=99", "fate",
+    "demand", "tuned", "tuned+predictor=cross_layer", "tuned+cache=arc",
+    "tuned+allocation=shallow", "tuned+window=99", "fate",
 )  # fmt: skip
 """The default policy, and without each of its parts; a window means that guessing never stops."""
 

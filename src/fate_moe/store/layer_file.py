@@ -47,7 +47,10 @@ class LayerFile:
 
     @property
     def descriptors(self) -> tuple[int, int]:
-        """The direct one, -1 where there is none, and the buffered one."""
+        """The direct one, -1 where there is none, and the buffered one.
+
+        Whoever reads from them is to be done before `close`, which does not know of it.
+        """
         return (self._direct_fd if self.is_direct else -1), self._buffered_fd
 
     def hold(self, offset: int, address: int, length: int) -> int:

@@ -170,6 +170,7 @@ class FileReader:
         self._background: Background | None = (
             None  # has a thread of its own, so not before it is used
         )
+        self._is_closed = False
         self._verify_on_read = verify_on_read
         self._verified: set[ExpertKey] = set()
         self._files: list[LayerFile] = []
@@ -230,6 +231,8 @@ class FileReader:
             ]
             courier = native.core().RecordCourier(self._way, _DEPTH, TOGETHER_BYTES, files)
             self._background = Background(courier, self._finish_request, self._verify_on_read)
+            if self._is_closed:  # by the collector, while descriptors were looked up
+                self._background.close()
         self._background.start(requests)
 
     def promote(self, key: ExpertKey) -> None:
@@ -254,6 +257,7 @@ class FileReader:
 
     def close(self) -> None:
         """Close the files; reads that are under way finish first."""
+        self._is_closed = True
         if self._background is not None:
             self._background.close()
         for file in self._files:

@@ -27,6 +27,7 @@ from fate_moe.bench.policies_present import link_text, markdown, plot, ratios
 from fate_moe.bench.throttle import ThrottledReader
 from fate_moe.cli import app
 from fate_moe.cli import policies as _policies
+from fate_moe.config import Config, make_config
 from fate_moe.engine.handle import Engine
 from fate_moe.engine.plan import Blueprint, draw
 from fate_moe.errors import ConfigError
@@ -330,6 +331,15 @@ def test_a_policy_with_settings_changed() -> None:
             parse_policy(f"tuned+{wrong}")
     for name in ABLATION:
         assert parse_policy(name)[0] in ("demand", "tuned", "fate")
+
+
+def test_each_arm_of_the_ablation_leaves_something_out() -> None:
+    def parts(name: str) -> Config:
+        policy, changes = parse_policy(name)
+        return replace(make_config(policy, **changes), policy="")
+
+    arms = [parts(name) for name in ABLATION]
+    assert all(one not in arms[:place] for place, one in enumerate(arms))
 
 
 def fate(*arguments: object) -> Result:

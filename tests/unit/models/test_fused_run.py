@@ -329,13 +329,12 @@ def test_of_a_run_that_guesses_once_the_first_layer_is_guessed_from_what_enters_
     model.fate.mover.benefit.level = 1
     sharpened.clear()
     computed.clear()
-    answer(model)
+    got = answer(model)
     assert sharpened == [0] * NEW  # the prompt, too
     assert computed == [LAYERS] * (NEW - 1)
     sharpened.clear()
-    want = one_by_one(model, lambda: answer(model))
-    assert sharpened == [0] * NEW  # the prompt, too
-    assert want
+    assert same(got, one_by_one(model, lambda: answer(model)))
+    assert sharpened == [0] * NEW
 
 
 def test_without_guesses_no_layer_repeats_an_old_one(

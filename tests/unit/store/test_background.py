@@ -12,6 +12,7 @@ from fate_moe.errors import ReadError
 from fate_moe.store.background import Landed
 from fate_moe.store.convert import convert
 from fate_moe.store.format import read_manifest
+from fate_moe.store.layer_file import LayerFile
 from fate_moe.store.reader import BackgroundReader, FileReader, Request
 from fate_moe.types import ExpertKey
 from tests.unit.store.formula import FormulaSource, formula
@@ -30,6 +31,14 @@ def folder(tmp_path: Path, source: FormulaSource) -> Path:
 @pytest.fixture(params=WAYS)
 def reader(request: pytest.FixtureRequest, folder: Path) -> Iterator[FileReader]:
     made = FileReader(folder, read_manifest(folder), way=request.param, verify_on_read=True)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def unchecked(folder: Path) -> Iterator[FileReader]:
+    """A reader that leaves checksums alone."""
+    made = FileReader(folder, read_manifest(folder))
     yield made
     made.close()
 
@@ -106,26 +115,67 @@ def test_what_the_core_could_not_read_is_read_again_and_then_fails(
     assert all("injected" in str(one.failure) for one in collect(reader, 2).values())
 
 
-def test_what_does_not_fit_a_record_is_refused_with_the_reason(folder: Path) -> None:
-    reader = FileReader(folder, read_manifest(folder))
-    key, size = KEYS[0], reader.record_bytes(KEYS[0].layer)
-    reader.start([])
-    for request in (
-        Request(key._replace(expert=99), slot(size)),
-        Request(key._replace(layer=-1), slot(size)),
-        Request(key, slot(2 * size), 0, size + 1),
-        Request(key, slot(size), -1, 1),
-        Request(key, slot(size), 0, 0),
-        Request(key, slot(size)[:-1], 0, size),
+def test_what_does_not_fit_a_record_is_refused_with_the_reason(unchecked: FileReader) -> None:
+    key, size = KEYS[0], unchecked.record_bytes(KEYS[0].layer)
+    for request, why in (
+        (Request(key._replace(expert=99), slot(size)), "the layer has"),
+        (Request(key._replace(expert=-1), slot(size)), "the layer has"),
+        (Request(key._replace(layer=-1), slot(size)), "the store has 2 MoE layers"),
+        (Request(key, slot(2 * size), 0, size + 1), f"bytes 0+{size + 1} into"),
+        (Request(key, slot(size), -1, 1), "bytes -1+1 into"),
+        (Request(key, slot(size), 0, 0), "bytes 0+0 into"),
+        (Request(key, slot(size)[:-1], 0, size), f"into {size - 1} of a {size} byte record"),
     ):
-        reader.start([request, Request(KEYS[1], slot(reader.record_bytes(KEYS[1].layer)))])
-        found = collect(reader, 2)
-        assert found[request.key].failure is not None
+        unchecked.start([request, *requests_for(unchecked, KEYS[1:2])])
+        found = collect(unchecked, 2)
+        assert why in str(found[request.key].failure)
         assert found[KEYS[1]].failure is None
     with pytest.raises(BufferError):
-        reader.start([Request(key, memoryview(bytes(size)))])
-    assert not reader.wait(0.01)
-    reader.close()
+        unchecked.start([Request(key, memoryview(bytes(size)))])
+    assert not unchecked.wait(0.01)
+
+
+def test_a_record_that_is_asked_for_twice_comes_in_twice(unchecked: FileReader) -> None:
+    (first,), (second,) = requests_for(unchecked, KEYS[:1]), requests_for(unchecked, KEYS[:1])
+    unchecked.start([first, second])
+    landed: list[Landed] = []
+    while len(landed) < 2:
+        assert unchecked.wait(10)
+        landed += unchecked.landed()
+    assert [one.failure for one in landed] == [None, None]
+    assert bytes(first.buffer) == bytes(second.buffer) == formula(KEYS[0], len(first.buffer))
+
+
+def test_memory_is_held_until_its_read_is_over(unchecked: FileReader) -> None:
+    (request,) = requests_for(unchecked, KEYS[:1])
+    unchecked.start([request])
+    with pytest.raises(BufferError):
+        request.buffer.release()
+    collect(unchecked, 1)
+    request.buffer.release()
+
+
+def test_direct_reads_are_of_whole_pages_and_of_files_that_take_them(tmp_path: Path) -> None:
+    page = 4096
+    path = tmp_path / "records"
+    path.write_bytes(bytes(range(256)) * (4 * page // 256))
+    with path.open("rb") as file, path.open("ab") as unreadable:
+        files = [(unreadable.fileno(), file.fileno(), page, page, 2)]
+        courier = native.core().RecordCourier(WAYS[0], 4, page, files)
+
+        def missing(start: int, length: int) -> int:
+            request = Request(ExpertKey(0, 1), slot(page), start, length)
+            assert not courier.start([request])
+            assert courier.wait(10)
+            ((landed, count, _),) = courier.landed()
+            assert landed is request
+            return int(count)
+
+        assert missing(0, page) == page  # from the descriptor that cannot be read
+        assert missing(0, page - 1) == missing(1, page - 1) == 0
+        courier.buffer(0)
+        assert missing(0, page) == 0
+        courier.close()
 
 
 def test_parts_of_records_come_in_where_they_belong(reader: FileReader) -> None:
@@ -138,41 +188,59 @@ def test_parts_of_records_come_in_where_they_belong(reader: FileReader) -> None:
 
 
 def test_a_file_that_takes_no_direct_reads_is_read_through_the_page_cache(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    unchecked: FileReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reader = FileReader(folder, read_manifest(folder))
-    reader.start([])
-    background = reader._background
+    unchecked.start([])
+    background = unchecked._background
     assert background is not None
-    buffered = list[int]()
-    monkeypatch.setattr(background, "read_buffered", buffered.append)
-    real = background._courier
+    real, buffered = background._courier, list[int]()
 
     class Refusing:
         def __getattr__(self, name: str) -> object:
             return getattr(real, name)
 
         def landed(self) -> list[tuple[Request, int, float]]:
-            return [(one[0], len(one[0].buffer), one[2]) for one in real.landed()]
+            return [(one, len(one.buffer), ago_s) for one, _, ago_s in real.landed()]
+
+        def buffer(self, layer: int) -> None:
+            buffered.append(layer)
+            real.buffer(layer)
 
     monkeypatch.setattr(background, "_courier", Refusing())
-    read_all = reader._files[0]._read_all
+    file = unchecked._files[0]
+    read_all = file._read_all
 
     def found_out(key: ExpertKey, offset: int, target: memoryview) -> None:
-        reader._files[0].is_direct = False  # as when the system refuses a direct read
+        file.is_direct = False  # as when the system refuses a direct read
         read_all(key, offset, target)
 
-    monkeypatch.setattr(reader._files[0], "_read_all", found_out)
-    (request,) = requests_for(reader, [ExpertKey(0, 1)])
-    reader.start([request])
-    assert collect(reader, 1)[request.key].failure is None
-    assert buffered == [0]
-    real.buffer(0)
-    monkeypatch.undo()
-    reader.start([request])
-    assert collect(reader, 1)[request.key].failure is None
+    monkeypatch.setattr(file, "_read_all", found_out)
+    (request,) = requests_for(unchecked, [ExpertKey(0, 1)])
+    unchecked.start([request])
+    assert collect(unchecked, 1)[request.key].failure is None
     assert bytes(request.buffer) == formula(request.key, len(request.buffer))
-    reader.close()
+    assert buffered == [0]
+
+
+def test_a_reader_closed_while_it_looks_up_descriptors_reads_nothing(
+    unchecked: FileReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed = list[bool]()
+
+    class Closing(LayerFile):
+        @property
+        def descriptors(self) -> tuple[int, int]:
+            found = super().descriptors
+            if not closed:
+                closed.append(True)
+                unchecked.close()  # as the collector may at any time
+            return found
+
+    for file in unchecked._files:
+        file.__class__ = Closing
+    unchecked.start(requests_for(unchecked, KEYS[:1]))
+    assert closed
+    assert "the store is closed" in str(collect(unchecked, 1)[KEYS[0]].failure)
 
 
 def test_what_is_withdrawn_is_not_reported(reader: FileReader) -> None:
