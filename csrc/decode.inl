@@ -1,7 +1,12 @@
 // Norm, rotation, attention and float products of one token, once for every vector unit `S`.
 //
-// Sums run in lanes, in an order that depends on the instruction set alone. Needs kernels.inl.
+// Sums run in lanes, in an order that depends on the instruction set alone.
+#include <cmath>
+#include <cstring>
+
+#include "codes.inl"
 #include "decode.h"
+#include "gate.inl"
 
 namespace fate {
 namespace {
@@ -116,7 +121,7 @@ template <class S> struct Decode {
   }
 
   static void exp_less(float* x, int count, float most) {
-    for (int i = 0; i < count; ++i) x[i] = Core<S>::exp_of(x[i] - most);
+    for (int i = 0; i < count; ++i) x[i] = exp_of(x[i] - most);
   }
 
   static float sum_of(const float* x, int count) {

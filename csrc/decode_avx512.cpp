@@ -1,7 +1,5 @@
 #include "simd_avx512.h"
 
-#include "kernels.inl"
-
 #include "decode.inl"
 
 namespace fate {

@@ -1,7 +1,5 @@
 #include "simd_neon.h"
 
-#include "kernels.inl"
-
 #include "decode.inl"
 
 namespace fate {

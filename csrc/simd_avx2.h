@@ -10,6 +10,7 @@ namespace fate {
 
 struct Avx2 {
   static constexpr int W = 2;
+  static constexpr int kTall = 2;  // tiles of a product of many tokens
   static constexpr const char* name = "avx2";
   using I = __m256i;
   using I32 = __m256i;
@@ -52,6 +53,11 @@ struct Avx2 {
   }
   static P p_zero() { return _mm256_setzero_si256(); }
   static P step(P acc, I w, I a) { return _mm256_add_epi16(acc, _mm256_maddubs_epi16(w, a)); }
+  // The same where it lies. Of many sums at once GCC would move each to another register and back.
+  static void step_into(P& acc, I w, I a) {
+    const I pairs = _mm256_maddubs_epi16(w, a);
+    __asm__("vpaddw %1, %0, %0" : "+x"(acc) : "x"(pairs));
+  }
   static I32 flush(I32 sum, P p) {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(p, _mm256_set1_epi16(1)));
   }
@@ -59,10 +65,15 @@ struct Avx2 {
   // Codes up to 255, less kOffset8 to make them signed: |w| times the activation with w's sign, whose
   // pair sums fit 16 bits (2 * 128 * 127).
   static constexpr int kOffset8 = 128;
-  static I32 step8(I32 acc, I w, I a) {
+  static I32 step8(I32 acc, I w, I a) { return _mm256_add_epi32(acc, quads8(w, a)); }
+  static void step8_into(I32& acc, I w, I a) {
+    const I32 quads = quads8(w, a);
+    __asm__("vpaddd %1, %0, %0" : "+x"(acc) : "x"(quads));
+  }
+  static I32 quads8(I w, I a) {
     const I centred = _mm256_xor_si256(w, _mm256_set1_epi8(static_cast<char>(0x80)));
     const I pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(centred), _mm256_sign_epi8(a, centred));
-    return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
   }
   static F to_float(I32 a) { return _mm256_cvtepi32_ps(a); }
   static F f_zero() { return _mm256_setzero_ps(); }

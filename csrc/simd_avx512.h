@@ -10,6 +10,7 @@ namespace fate {
 
 struct Avx512 {
   static constexpr int W = 4;
+  static constexpr int kTall = 1;  // tiles of a product of many tokens
   static constexpr const char* name = "avx512-vnni";
   using I = __m512i;
   using I32 = __m512i;
@@ -55,10 +56,15 @@ struct Avx512 {
   }
   static P p_zero() { return _mm512_setzero_si512(); }
   static P step(P acc, I w, I a) { return _mm512_dpbusd_epi32(acc, w, a); }
+  // The same where it lies. Of many sums at once GCC would move each to another register and back.
+  static void step_into(P& acc, I w, I a) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(a));
+  }
   static I32 flush(I32 sum, P p) { return _mm512_add_epi32(sum, p); }
   static I32 i_zero() { return _mm512_setzero_si512(); }
   static constexpr int kOffset8 = 0;
   static I32 step8(I32 acc, I w, I a) { return _mm512_dpbusd_epi32(acc, w, a); }
+  static void step8_into(I32& acc, I w, I a) { step_into(acc, w, a); }
   static F to_float(I32 a) { return _mm512_cvtepi32_ps(a); }
   static F f_zero() { return _mm512_setzero_ps(); }
   static F f_load(const float* p) { return _mm512_loadu_ps(p); }

@@ -9,6 +9,7 @@ namespace fate {
 
 struct Neon {
   static constexpr int W = 1;
+  static constexpr int kTall = 1;  // tiles of a product of many tokens
   static constexpr const char* name = "neon-dotprod";
   using I = uint8x16_t;
   using I32 = int32x4_t;
@@ -48,10 +49,12 @@ struct Neon {
   static P step(P acc, I w, I a) {  // codes up to 15 are the same signed and unsigned
     return vdotq_s32(acc, vreinterpretq_s8_u8(w), vreinterpretq_s8_u8(a));
   }
+  static void step_into(P& acc, I w, I a) { acc = step(acc, w, a); }
   static I32 flush(I32 sum, P p) { return vaddq_s32(sum, p); }
   static I32 i_zero() { return vdupq_n_s32(0); }
   static constexpr int kOffset8 = 128;
   static I32 step8(I32 acc, I w, I a) { return step(acc, veorq_u8(w, vdupq_n_u8(0x80)), a); }
+  static void step8_into(I32& acc, I w, I a) { acc = step8(acc, w, a); }
   static F to_float(I32 a) { return vcvtq_f32_s32(a); }
   static F f_zero() { return vdupq_n_f32(0); }
   static F f_load(const float* p) { return vld1q_f32(p); }

@@ -11,6 +11,7 @@ namespace fate {
 
 struct Portable {
   static constexpr int W = 1;  // 128-bit lanes
+  static constexpr int kTall = 1;  // tiles of a product of many tokens
   static constexpr const char* name = "portable";
   struct I { std::uint8_t b[16]; };
   struct I32 { std::int32_t v[4]; };
@@ -50,10 +51,12 @@ struct Portable {
       acc.v[i / 4] += static_cast<int>(w.b[i]) * static_cast<std::int8_t>(a.b[i]);
     return acc;
   }
+  static void step_into(P& acc, I w, I a) { acc = step(acc, w, a); }
   static I32 flush(I32 sum, P p) { for (int i = 0; i < 4; ++i) sum.v[i] += p.v[i]; return sum; }
   static I32 i_zero() { return {{0, 0, 0, 0}}; }
   static constexpr int kOffset8 = 0;
   static I32 step8(I32 acc, I w, I a) { return step(acc, w, a); }
+  static void step8_into(I32& acc, I w, I a) { acc = step8(acc, w, a); }
   static F to_float(I32 a) { F r; for (int i = 0; i < 4; ++i) r.v[i] = static_cast<float>(a.v[i]); return r; }
   static F f_zero() { return {{0, 0, 0, 0}}; }
   static F f_load(const float* p) { F r; std::memcpy(&r, p, 16); return r; }
