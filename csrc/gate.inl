@@ -12,7 +12,7 @@
 namespace fate {
 namespace {
 
-// Each `inline`: not all who include this need all of it.
+// `inline`, for not all who include this need all of it.
 inline float exp_of(float x) {  // relative error below 3e-7 on [-87, 88]
   x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
   const float shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
@@ -31,7 +31,7 @@ inline float exp_of(float x) {  // relative error below 3e-7 on [-87, 88]
 }
 inline float sigmoid(float x) { return 1.0f / (1.0f + exp_of(-x)); }
 
-template <Act ACT> float act_of(float x, float alpha) {
+template <Act ACT> inline float act_of(float x, float alpha) {
   if constexpr (ACT == Act::kGelu) return 0.5f * x * (1.0f + std::erf(x * 0.70710678f));
   if constexpr (ACT == Act::kGeluTanh)  // (1 + tanh(u)) / 2 = sigmoid(2 u)
     return x * sigmoid(1.5957691216f * (x + 0.044715f * x * x * x));
@@ -41,7 +41,7 @@ template <Act ACT> float act_of(float x, float alpha) {
 }
 
 template <Act ACT>
-void activate_as(const Gate& form, const float* gate, const float* up, int stride,
+inline void activate_as(const Gate& form, const float* gate, const float* up, int stride,
                         int count, float* out) {
   const float alpha = form.alpha, limit = form.limit, offset = form.offset;
   const float before = form.limit_after ? INFINITY : limit;

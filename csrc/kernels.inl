@@ -104,7 +104,8 @@ template <class S> struct Core : Codes<S> {
                          const ActRow& x, int first, int blocks, const typename S::Index* lanes,
                          F& products, F& offsets) {
     const F step = S::mul(Codes<S>::template scale_of<BITS>(scale), S::f_load(x.scale + first));
-    offsets = S::fma(S::mul(step, Codes<S>::template zero_of<BITS>(zero)), S::f_load(x.sum + first), offsets);
+    const F shift = S::mul(step, Codes<S>::template zero_of<BITS>(zero));
+    offsets = S::fma(shift, S::f_load(x.sum + first), offsets);
     const std::int8_t* codes = x.codes + static_cast<std::size_t>(first) * G;
     for (int i = 0; i < blocks; ++i) {
       FATE_PREFETCH(high + i * kBytes + kAhead);
@@ -115,7 +116,7 @@ template <class S> struct Core : Codes<S> {
       } else {
         I w[4];
         Codes<S>::template unpack<BITS>(S::load(high + i * kBytes),
-                     BITS == 2 ? I{} : S::load(low + i * kBytes), w);
+                                        BITS == 2 ? I{} : S::load(low + i * kBytes), w);
         typename S::P p = S::p_zero();
         for (int j = 0; j < 4; ++j) p = S::step(p, w[j], S::load(codes + (4 * i + j) * kBytes));
         sum = S::flush(sum, p);
@@ -173,7 +174,8 @@ template <class S> struct Core : Codes<S> {
   }
 
   static constexpr Kernels table() {
-    return {S::name, Tiles<S>::kRows, quantize, gemv, Tiles<S>::gemm, Tiles<S>::scratch_bytes, activate};
+    return {S::name,        Tiles<S>::kRows * S::kTall, quantize, gemv, Tiles<S>::gemm,
+            Tiles<S>::scratch_bytes, activate};
   }
 };
 

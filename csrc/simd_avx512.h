@@ -10,7 +10,7 @@ namespace fate {
 
 struct Avx512 {
   static constexpr int W = 4;
-  static constexpr int kTall = 1;  // tiles of a product of many tokens
+  static constexpr int kTall = 1;  // tiles that a token meets at once: above 1 where measured
   static constexpr const char* name = "avx512-vnni";
   using I = __m512i;
   using I32 = __m512i;
@@ -58,7 +58,8 @@ struct Avx512 {
   static P step(P acc, I w, I a) { return _mm512_dpbusd_epi32(acc, w, a); }
   // The same where it lies. Of many sums at once GCC would move each to another register and back.
   static void step_into(P& acc, I w, I a) {
-    __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(a));
+    acc = step(acc, w, a);
+    __asm__("" : "+v"(acc));
   }
   static I32 flush(I32 sum, P p) { return _mm512_add_epi32(sum, p); }
   static I32 i_zero() { return _mm512_setzero_si512(); }

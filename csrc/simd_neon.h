@@ -9,7 +9,7 @@ namespace fate {
 
 struct Neon {
   static constexpr int W = 1;
-  static constexpr int kTall = 1;  // tiles of a product of many tokens
+  static constexpr int kTall = 1;  // tiles that a token meets at once: above 1 where measured
   static constexpr const char* name = "neon-dotprod";
   using I = uint8x16_t;
   using I32 = int32x4_t;

@@ -1,8 +1,8 @@
 // How do many tokens meet a matrix? Once for every vector unit.
 //
-// kRows rows are unpacked once into a tile that lies as the products need it: for every four columns one
-// vector, whose float lane f holds the four codes of row f. Then every token meets it, kTokens at a
-// time, and S::kTall tiles at once: as many as there are registers for the sums.
+// kRows rows are unpacked once into a tile that lies as the products need it: for every four columns
+// one vector, whose float lane f holds the four codes of row f. Then every token meets it, kTokens at
+// a time, and S::kTall tiles at once, so that what is loaded of a token serves twice.
 #pragma once
 
 #include <cstring>
@@ -10,7 +10,7 @@
 #include "codes.inl"
 #include "kernels.h"
 
-// Unrolled, the sums of a tile no longer fit the registers and go through memory: 15 % slower.
+// Unrolled, the products of several steps are alive at once, and sums go through memory.
 #if defined(__clang__)
 #define FATE_NO_UNROLL _Pragma("clang loop unroll(disable)")
 #elif defined(__GNUC__)
@@ -18,6 +18,7 @@
 #else
 #define FATE_NO_UNROLL
 #endif
+// Called twice: as a function the sums would go through memory.
 #if defined(__GNUC__)
 #define FATE_INLINE inline __attribute__((always_inline))
 #else
@@ -48,8 +49,8 @@ template <class S> struct Tiles : Codes<S> {
   static int tiles_at_once(int cols, int group) {
     constexpr std::size_t kCache = 160 << 10;  // a share of the second-level cache
     const std::size_t fit = kCache / tile_bytes(cols, group);
-    const int count = fit < 1 ? 1 : fit > 8 ? 8 : static_cast<int>(fit);
-    return (count + S::kTall - 1) / S::kTall * S::kTall;
+    const int count = fit > 8 ? 8 : static_cast<int>(fit);
+    return count < S::kTall ? S::kTall : count / S::kTall * S::kTall;  // none is left over
   }
   static std::size_t scratch_bytes(int cols, int group) {
     return tile_bytes(cols, group) * tiles_at_once(cols, group);
@@ -60,7 +61,8 @@ template <class S> struct Tiles : Codes<S> {
     return {base, scale, scale + static_cast<std::size_t>(kRows) * (cols / group)};
   }
   static Tile moved(const Tile& tile, std::size_t bytes) {
-    return {tile.codes + bytes, tile.scale + bytes / sizeof(float), tile.offset + bytes / sizeof(float)};
+    const std::size_t floats = bytes / sizeof(float);
+    return {tile.codes + bytes, tile.scale + floats, tile.offset + floats};
   }
 
   template <int BITS> static void fill_meta(const Matrix& w, const int* rows, const Tile& tile) {
@@ -229,7 +231,7 @@ template <class S> struct Tiles : Codes<S> {
   template <int BITS, int G>
   static void gemm_as(const Matrix& w, const ActRow* x, int tokens, int first, int last, float* y,
                       std::size_t stride, std::uint8_t* scratch) {
-    constexpr int kTall = BITS == 8 ? 1 : S::kTall;
+    constexpr int kTall = BITS == 8 ? 1 : S::kTall;  // a step of 8 bits needs the registers itself
     const int most = tiles_at_once(w.cols, G) * kRows;
     const std::size_t apart = tile_bytes(w.cols, G);
     for (int from = first; from < last; from += most) {

@@ -83,6 +83,23 @@ void check_experts(Pool& pool, const char* isa, int tokens) {
   expect(std::isfinite(norm) && norm > 0, "experts", isa, tokens);
 }
 
+// Tiles that are computed in pairs by one thread are computed one by one where many share them.
+void check_shares(const char* isa, int rows, int cols, int bits, int tokens) {
+  const int group = cols % 64 == 0 ? 64 : 32;
+  const Record record(rows, cols, group, bits == 2 ? 4 : bits);
+  std::vector<float> x(1ul * tokens * cols), y[2];
+  for (float& value : x) value = random_value();
+  for (const int threads : {1, 9}) {
+    Pool pool(threads);  // of its own: memory that was larger once would hide a write beyond it
+    Buffer memory;
+    std::vector<float>& out = y[threads == 9];
+    out.assign(1ul * tokens * rows, NAN);
+    linear(pool, memory, record.place.at(record.bytes.get(), bits == 2), nullptr, x.data(), tokens,
+           out.data());
+  }
+  expect(y[0] == y[1], "threads show", isa, rows, cols, 100 * tokens + bits);
+}
+
 void check_pool() {
   for (const int threads : {1, 2, 7}) {
     Pool pool(threads);
@@ -119,6 +136,19 @@ int main() {
       for (const auto& [rows, cols] : std::vector<std::pair<int, int>>{
                {1, 32}, {3, 64}, {33, 96}, {70, 160}, {17, 448}, {130, 1056}})
         for (const int tokens : {1, 2, 3, 4, 9}) check_linear(pool, kernels->name, rows, cols, bits, tokens);
+    // A tile, a pair, a pair that is not full, more pairs than are unpacked at once; wide ones.
+    Pool alone(1);
+    for (const int bits : {2, 4, 8}) {
+      for (const auto& [rows, cols] : std::vector<std::pair<int, int>>{
+               {8, 64}, {16, 64}, {9, 64}, {12, 96}, {31, 448}, {24, 128}, {76, 192}})
+        for (const int tokens : {2, 5, 6, 7}) {
+          check_linear(alone, kernels->name, rows, cols, bits, tokens);
+          check_shares(kernels->name, rows, cols, bits, tokens);
+        }
+      for (const auto& [rows, cols] :
+           std::vector<std::pair<int, int>>{{44, 5632}, {28, 9216}, {12, 18432}})
+        check_shares(kernels->name, rows, cols, bits, 6);
+    }
     for (const int tokens : {1, 2, 40}) check_experts(pool, kernels->name, tokens);
     std::printf("%s: tried\n", kernels->name);
   }

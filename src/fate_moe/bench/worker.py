@@ -20,7 +20,7 @@ from fate_moe.engine.build import build
 from fate_moe.engine.handle import Engine
 from fate_moe.errors import BudgetError, FateError
 
-RAM = "95%"  # of the limit, or of what is available
+RAM = "98%"  # of the limit, or of what is available: the plan is an upper bound
 _COUNTS = (
     "mode", "requests", "hits", "late", "misses", "bytes_demand", "bytes_speculated",
     "bytes_wasted", "stall_s", "experts_capacity", "experts_total", "peak_rss_bytes",
