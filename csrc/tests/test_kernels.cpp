@@ -146,8 +146,10 @@ int main() {
           check_shares(kernels->name, rows, cols, bits, tokens);
         }
       for (const auto& [rows, cols] :
-           std::vector<std::pair<int, int>>{{44, 5632}, {28, 9216}, {12, 18432}})
+           std::vector<std::pair<int, int>>{{44, 5632}, {28, 9216}, {12, 18432}}) {
+        check_linear(alone, kernels->name, rows, cols, bits, 6);
         check_shares(kernels->name, rows, cols, bits, 6);
+      }
     }
     for (const int tokens : {1, 2, 40}) check_experts(pool, kernels->name, tokens);
     std::printf("%s: tried\n", kernels->name);

@@ -226,7 +226,7 @@ def test_models_of_16_bits(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(
     ("rows", "cols"),
-    [(1, 32), (5, 1408), (33, 96), (70, 128), (200, 4096), (17, 160), (12, 128), (31, 96), (20, 5632)],
+    [(1, 32), (5, 1408), (33, 96), (70, 128), (200, 4096), (17, 160), (12, 128), (31, 96)],
 )
 def test_a_matrix_is_exact_but_for_the_rounding_of_x(rows: int, cols: int, bits: int) -> None:
     group = 64 if cols % 64 == 0 else 32
