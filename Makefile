@@ -1,11 +1,11 @@
-# make demo | test | portable | sanitize | lint | clean. Needs Python 3.11 or newer with venv; everything else comes from PyPI.
+# make demo | test | portable | native | sanitize | arm | lint | clean. Needs Python 3.11 or newer with venv; everything else comes from PyPI.
 PYTHON ?= python3
 PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
-.PHONY: demo test portable sanitize lint format clean
+.PHONY: demo test portable native sanitize arm lint format clean
 
 demo: $(VENV)/run.done
 	$(BIN)/fate generate -p "What is the capital of France?" --experts 50% -n 40
@@ -20,7 +20,16 @@ PORTABLE := tests/gates/test_g1_exact.py tests/gates/test_g9_two_bits.py tests/u
 portable: $(VENV)/dev.done
 	FATE_ISA=portable $(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadgroup $(PORTABLE)
 
-# The native core without Python, under AddressSanitizer and UndefinedBehaviorSanitizer.
+# The native core without Python, optimised as it is shipped.
+native: $(VENV)/dev.done
+	@mkdir -p build
+	$(BIN)/cmake -S . -B build/native -DFATE_TESTS=ON -G "Unix Makefiles" > build/native.log
+	$(BIN)/cmake --build build/native -j2 >> build/native.log
+	build/native/fate_kernels_tests
+	build/native/fate_decode_tests
+	build/native/fate_io_tests
+
+# The same under AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize: $(VENV)/dev.done
 	@mkdir -p build
 	$(BIN)/cmake -S . -B build/sanitize -DFATE_TESTS=ON -DFATE_SANITIZE=address,undefined \
@@ -29,6 +38,18 @@ sanitize: $(VENV)/dev.done
 	build/sanitize/fate_kernels_tests
 	build/sanitize/fate_decode_tests
 	build/sanitize/fate_io_tests
+
+# The same compiled for ARM and run by an emulator: on Debian and Ubuntu,
+# apt install g++-aarch64-linux-gnu qemu-user
+arm: $(VENV)/dev.done
+	@mkdir -p build
+	CXX=aarch64-linux-gnu-g++ $(BIN)/cmake -S . -B build/arm -DFATE_TESTS=ON -DCMAKE_SYSTEM_NAME=Linux \
+	  -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_EXE_LINKER_FLAGS=-static -G "Unix Makefiles" > build/arm.log
+	$(BIN)/cmake --build build/arm -j2 >> build/arm.log
+	qemu-aarch64 build/arm/fate_kernels_tests
+	qemu-aarch64 -cpu cortex-a72 build/arm/fate_kernels_tests # no dot products
+	qemu-aarch64 build/arm/fate_decode_tests
+	qemu-aarch64 build/arm/fate_io_tests
 
 lint: $(VENV)/dev.done
 	$(BIN)/ruff check src tests scripts

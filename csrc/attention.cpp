@@ -17,8 +17,9 @@ extern const DecodeKernels kDecodeNeon;
 const DecodeKernels& decode_kernels() {
   const char* name = active().name;
 #if defined(FATE_X86)
+  // avx2-vnni has the floats of avx2.
   for (const DecodeKernels* one : {&kDecodeAvx512, &kDecodeAvx2})
-    if (std::strcmp(one->name, name) == 0) return *one;
+    if (std::strncmp(one->name, name, std::strlen(one->name)) == 0) return *one;
 #elif defined(FATE_NEON)
   if (std::strcmp(kDecodeNeon.name, name) == 0) return kDecodeNeon;
 #endif

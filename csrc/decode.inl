@@ -1,6 +1,7 @@
 // Norm, rotation, attention and float products of one token, once for every vector unit `S`.
 //
-// Sums run in lanes, in an order that depends on the instruction set alone.
+// Sums run in lanes, in an order that depends on the instruction set alone. What is left of them is
+// multiplied and added by S::fma too: a compiler would take one instruction here and two there.
 #include <cmath>
 #include <cstring>
 
@@ -34,7 +35,7 @@ template <class S> struct Decode {
       for (int j = 0; j < 4; ++j) s[j] = S::fma(wide(a + i + j * L), S::f_load(b + i + j * L), s[j]);
     for (; i + L <= count; i += L) s[0] = S::fma(wide(a + i), S::f_load(b + i), s[0]);
     float sum = S::sum(S::add(S::add(s[0], s[1]), S::add(s[2], s[3])));
-    for (; i < count; ++i) sum += wide_one(a[i]) * b[i];
+    for (; i < count; ++i) sum = S::fma(wide_one(a[i]), b[i], sum);
     return sum;
   }
 
@@ -64,7 +65,8 @@ template <class S> struct Decode {
       }
       for (int j = 0; j < 4; ++j) {
         float sum = S::sum(s[j]);
-        for (int k = i; k < cols; ++k) sum += row[static_cast<std::size_t>(j) * cols + k] * x[k];
+        for (int k = i; k < cols; ++k)
+          sum = S::fma(row[static_cast<std::size_t>(j) * cols + k], x[k], sum);
         y[r - first + j] = sum;
       }
     }
@@ -91,8 +93,8 @@ template <class S> struct Decode {
       for (int j = 0; j < kRows; ++j) {
         float sum = S::sum(s[t][j]);
         for (int k = i; k < cols; ++k)
-          sum += wide_one(w[static_cast<std::size_t>(j) * cols + k]) *
-                 x[static_cast<std::size_t>(t) * cols + k];
+          sum = S::fma(wide_one(w[static_cast<std::size_t>(j) * cols + k]),
+                       x[static_cast<std::size_t>(t) * cols + k], sum);
         y[t * rows + j] = sum;
       }
   }

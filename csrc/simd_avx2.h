@@ -11,6 +11,7 @@ namespace fate {
 struct Avx2 {
   static constexpr int W = 2;
   static constexpr int kTall = 2;  // tiles that a token meets at once: above 1 where measured
+  static constexpr bool kWide = false;  // a P holds what an I32 does
   static constexpr const char* name = "avx2";
   using I = __m256i;
   using I32 = __m256i;
@@ -52,10 +53,11 @@ struct Avx2 {
     return _mm256_set1_epi32(four);
   }
   static P p_zero() { return _mm256_setzero_si256(); }
-  static P step(P acc, I w, I a) { return _mm256_add_epi16(acc, _mm256_maddubs_epi16(w, a)); }
+  static P first(I w, I a) { return _mm256_maddubs_epi16(w, a); }
+  static P step(P acc, I w, I a) { return _mm256_add_epi16(acc, first(w, a)); }
   // The same where it lies. Of many sums at once GCC would move each to another register and back.
   static void step_into(P& acc, I w, I a) {
-    const I pairs = _mm256_maddubs_epi16(w, a);
+    const I pairs = first(w, a);
     __asm__("vpaddw %1, %0, %0" : "+x"(acc) : "x"(pairs));
   }
   static I32 flush(I32 sum, P p) {
@@ -91,6 +93,7 @@ struct Avx2 {
   static F add(F a, F b) { return _mm256_add_ps(a, b); }
   static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
   using Index = __m256i;
   static Index index(const std::int32_t* p) { return load(p); }
   static F permute(F a, Index at) { return _mm256_permutevar8x32_ps(a, at); }

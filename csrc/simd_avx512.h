@@ -11,6 +11,7 @@ namespace fate {
 struct Avx512 {
   static constexpr int W = 4;
   static constexpr int kTall = 1;  // tiles that a token meets at once: above 1 where measured
+  static constexpr bool kWide = true;  // a P holds what an I32 does
   static constexpr const char* name = "avx512-vnni";
   using I = __m512i;
   using I32 = __m512i;
@@ -58,8 +59,7 @@ struct Avx512 {
   static P step(P acc, I w, I a) { return _mm512_dpbusd_epi32(acc, w, a); }
   // The same where it lies. Of many sums at once GCC would move each to another register and back.
   static void step_into(P& acc, I w, I a) {
-    acc = step(acc, w, a);
-    __asm__("" : "+v"(acc));
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(a));
   }
   static I32 flush(I32 sum, P p) { return _mm512_add_epi32(sum, p); }
   static I32 i_zero() { return _mm512_setzero_si512(); }
@@ -82,6 +82,7 @@ struct Avx512 {
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
   static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
   using Index = __m512i;
   static Index index(const std::int32_t* p) { return load(p); }
   static F permute(F a, Index at) { return _mm512_permutexvar_ps(at, a); }

@@ -10,6 +10,7 @@ namespace fate {
 struct Neon {
   static constexpr int W = 1;
   static constexpr int kTall = 1;  // tiles that a token meets at once: above 1 where measured
+  static constexpr bool kWide = true;  // a P holds what an I32 does
   static constexpr const char* name = "neon-dotprod";
   using I = uint8x16_t;
   using I32 = int32x4_t;
@@ -68,6 +69,7 @@ struct Neon {
   static F add(F a, F b) { return vaddq_f32(a, b); }
   static F sub(F a, F b) { return vsubq_f32(a, b); }
   static F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
+  static float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
   using Index = uint8x16_t;  // byte numbers for a table lookup
   static Index index(const std::int32_t* p) {
     const uint32x4_t first = vmulq_n_u32(vreinterpretq_u32_s32(vld1q_s32(p)), 0x04040404u);

@@ -12,6 +12,7 @@ namespace fate {
 struct Portable {
   static constexpr int W = 1;  // 128-bit lanes
   static constexpr int kTall = 1;  // tiles that a token meets at once: above 1 where measured
+  static constexpr bool kWide = true;  // a P holds what an I32 does
   static constexpr const char* name = "portable";
   struct I { std::uint8_t b[16]; };
   struct I32 { std::int32_t v[4]; };
@@ -75,6 +76,7 @@ struct Portable {
   static F add(F a, F b) { for (int i = 0; i < 4; ++i) a.v[i] += b.v[i]; return a; }
   static F sub(F a, F b) { for (int i = 0; i < 4; ++i) a.v[i] -= b.v[i]; return a; }
   static F fma(F a, F b, F c) { for (int i = 0; i < 4; ++i) c.v[i] += a.v[i] * b.v[i]; return c; }
+  static float fma(float a, float b, float c) { return c + a * b; }
   using Index = I32;
   static Index index(const std::int32_t* p) { I32 r; std::memcpy(&r, p, 16); return r; }
   static F permute(F a, Index at) { F r; for (int i = 0; i < 4; ++i) r.v[i] = a.v[at.v[i]]; return r; }

@@ -155,28 +155,49 @@ template <class S> struct Tiles : Codes<S> {
     }
   }
 
-  // Add the products of 32 columns: eight steps, which the narrowest partial sum holds.
+  // Add the products of a step, four columns, where the sums lie.
   template <int BITS, int R, int C>
+  static FATE_INLINE void add_step(const Tile* tile, const ActRow* x, std::size_t at,
+                                   std::size_t column, I32 (*sum)[C]) {
+    I w[R];
+    for (int r = 0; r < R; ++r) w[r] = S::load(tile[r].codes + at);
+    for (int c = 0; c < C; ++c) {
+      const I a = S::broadcast4(x[c].codes + column);
+      for (int r = 0; r < R; ++r) {
+        if constexpr (BITS == 8) S::step8_into(sum[r][c], w[r], a);
+        else S::step_into(sum[r][c], w[r], a);
+      }
+    }
+  }
+
+  // Those of 32 columns, of codes up to 15, where partial sums of 16 bits hold eight steps.
+  template <int R, int C>
   static FATE_INLINE void add_half(const Tile* tile, const ActRow* x, std::size_t at,
                                    std::size_t column, I32 (*sum)[C]) {
     typename S::P p[R][C];
-    for (int r = 0; r < R; ++r)
-      for (int c = 0; c < C; ++c) p[r][c] = S::p_zero();
-    FATE_NO_UNROLL
-    for (int k = 0; k < 8; ++k) {
-      I w[R];
-      for (int r = 0; r < R; ++r) w[r] = S::load(tile[r].codes + at + k * kBytes);
-      for (int c = 0; c < C; ++c) {
-        const I a = S::broadcast4(x[c].codes + column + 4 * k);
-        for (int r = 0; r < R; ++r) {
-          if constexpr (BITS == 8) S::step8_into(sum[r][c], w[r], a);
-          else S::step_into(p[r][c], w[r], a);
-        }
-      }
+    I w[R];
+    for (int r = 0; r < R; ++r) w[r] = S::load(tile[r].codes + at);
+    for (int c = 0; c < C; ++c) {  // what comes first is added to nothing
+      const I a = S::broadcast4(x[c].codes + column);
+      for (int r = 0; r < R; ++r) p[r][c] = S::first(w[r], a);
     }
-    if constexpr (BITS != 8)
-      for (int r = 0; r < R; ++r)
-        for (int c = 0; c < C; ++c) sum[r][c] = S::flush(sum[r][c], p[r][c]);
+    FATE_NO_UNROLL
+    for (int k = 1; k < 8; ++k) add_step<4, R, C>(tile, x, at + k * kBytes, column + 4 * k, p);
+    for (int r = 0; r < R; ++r)
+      for (int c = 0; c < C; ++c) sum[r][c] = S::flush(sum[r][c], p[r][c]);
+  }
+
+  template <int BITS, int G, int R, int C>
+  static FATE_INLINE void add_group(const Tile* tile, const ActRow* x, std::size_t column,
+                                    I32 (*sum)[C]) {
+    if constexpr (BITS == 8 || S::kWide) {
+      FATE_NO_UNROLL
+      for (int k = 0; k < G / 4; ++k)
+        add_step<BITS, R, C>(tile, x, k * kBytes, column + 4 * k, sum);
+    } else {
+      add_half<R, C>(tile, x, 0, column, sum);
+      if constexpr (G == 64) add_half<R, C>(tile, x, 8 * kBytes, column + 32, sum);
+    }
   }
 
   // `R` tiles, one after the other in memory, meet `C` tokens.
@@ -194,8 +215,7 @@ template <class S> struct Tiles : Codes<S> {
       for (int r = 0; r < R; ++r)
         for (int c = 0; c < C; ++c) sum[r][c] = S::i_zero();
       const std::size_t column = static_cast<std::size_t>(g) * G;
-      add_half<BITS, R, C>(tile, x, 0, column, sum);
-      if constexpr (G == 64) add_half<BITS, R, C>(tile, x, 8 * kBytes, column + 32, sum);
+      add_group<BITS, G, R, C>(tile, x, column, sum);
       for (int r = 0; r < R; ++r) {
         tile[r].codes += G / 4 * kBytes;
         const F scale = S::f_load(tile[r].scale + g * kRows);
