@@ -10,7 +10,7 @@ namespace fate {
 
 struct Avx2 {
   static constexpr int W = 2;
-  static constexpr int kTall = 2;  // tiles that a token meets at once: above 1 where measured
+  static constexpr int kTall = 2;  // tiles that a token meets at once
   static constexpr bool kWide = false;  // a P holds what an I32 does
   static constexpr const char* name = "avx2";
   using I = __m256i;

@@ -10,7 +10,7 @@ namespace fate {
 
 struct Avx512 {
   static constexpr int W = 4;
-  static constexpr int kTall = 1;  // tiles that a token meets at once: above 1 where measured
+  static constexpr int kTall = 2;  // tiles that a token meets at once
   static constexpr bool kWide = true;  // a P holds what an I32 does
   static constexpr const char* name = "avx512-vnni";
   using I = __m512i;

@@ -9,7 +9,7 @@ namespace fate {
 
 struct Neon {
   static constexpr int W = 1;
-  static constexpr int kTall = 1;  // tiles that a token meets at once: above 1 where measured
+  static constexpr int kTall = 2;  // tiles that a token meets at once
   static constexpr bool kWide = true;  // a P holds what an I32 does
   static constexpr const char* name = "neon-dotprod";
   using I = uint8x16_t;

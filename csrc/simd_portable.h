@@ -11,7 +11,7 @@ namespace fate {
 
 struct Portable {
   static constexpr int W = 1;  // 128-bit lanes
-  static constexpr int kTall = 1;  // tiles that a token meets at once: above 1 where measured
+  static constexpr int kTall = 1;  // tiles that a token meets at once
   static constexpr bool kWide = true;  // a P holds what an I32 does
   static constexpr const char* name = "portable";
   struct I { std::uint8_t b[16]; };
