@@ -1,4 +1,5 @@
-# make demo | test | portable | native | sanitize | arm | lint | clean. Needs Python 3.11 or newer with venv; everything else comes from PyPI.
+# make demo | test | portable | native | sanitize | arm | lint | clean. Needs Python 3.11 or newer with venv and a C++ compiler;
+# `make arm` names two tools more; everything else comes from PyPI.
 PYTHON ?= python3
 PIP_ARGS ?=
 VENV := .venv
@@ -39,16 +40,17 @@ sanitize: $(VENV)/dev.done
 	build/sanitize/fate_decode_tests
 	build/sanitize/fate_io_tests
 
-# The same compiled for ARM and run by an emulator: on Debian and Ubuntu,
-# apt install g++-aarch64-linux-gnu qemu-user
+# The same compiled for ARM and run by an emulator.
 arm: $(VENV)/dev.done
+	@for tool in aarch64-linux-gnu-g++ qemu-aarch64; do command -v $$tool > /dev/null || { \
+	  echo "make arm needs $$tool; on Debian and Ubuntu: apt install g++-aarch64-linux-gnu qemu-user" >&2; exit 2; }; done
 	@mkdir -p build
 	CXX=aarch64-linux-gnu-g++ $(BIN)/cmake -S . -B build/arm -DFATE_TESTS=ON -DCMAKE_SYSTEM_NAME=Linux \
 	  -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_EXE_LINKER_FLAGS=-static -G "Unix Makefiles" > build/arm.log
 	$(BIN)/cmake --build build/arm -j2 >> build/arm.log
-	qemu-aarch64 build/arm/fate_kernels_tests
-	qemu-aarch64 -cpu cortex-a72 build/arm/fate_kernels_tests # no dot products
-	qemu-aarch64 build/arm/fate_decode_tests
+	qemu-aarch64 build/arm/fate_kernels_tests neon-dotprod
+	qemu-aarch64 -cpu cortex-a72 build/arm/fate_kernels_tests portable
+	qemu-aarch64 build/arm/fate_decode_tests neon-dotprod
 	qemu-aarch64 build/arm/fate_io_tests
 
 lint: $(VENV)/dev.done

@@ -17,7 +17,7 @@ extern const DecodeKernels kDecodeNeon;
 const DecodeKernels& decode_kernels() {
   const char* name = active().name;
 #if defined(FATE_X86)
-  // avx2-vnni has the floats of avx2.
+  // avx2-vnni has the floats of avx2, and none of its own.
   for (const DecodeKernels* one : {&kDecodeAvx512, &kDecodeAvx2})
     if (std::strncmp(one->name, name, std::strlen(one->name)) == 0) return *one;
 #elif defined(FATE_NEON)

@@ -158,7 +158,8 @@ template <class S> struct Decode {
     }
     if (d == dim) return;
     for (int t = 0; t < count; ++t)
-      for (int i = d; i < dim; ++i) out[i] += p[t] * rows[static_cast<std::size_t>(t) * dim + i];
+      for (int i = d; i < dim; ++i)
+        out[i] = S::fma(p[t], rows[static_cast<std::size_t>(t) * dim + i], out[i]);
   }
 
   static void attend(const float* q, const float* keys, const float* values, int length, int dim,

@@ -5,8 +5,10 @@
 #if defined(FATE_AVX2VNNI)
 #include <cpuid.h>
 #elif defined(FATE_NEON) && defined(__linux__)
-#include <asm/hwcap.h>
 #include <sys/auxv.h>
+#ifndef HWCAP_ASIMDDP
+#define HWCAP_ASIMDDP (1ul << 20)
+#endif
 #endif
 
 namespace fate {
@@ -29,8 +31,10 @@ bool has_avxvnni() {  // older compilers' __builtin_cpu_supports does not know i
 bool has_dot_product() {
 #if defined(__linux__)
   return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;  // not before ARMv8.2: a Raspberry Pi 4, say
-#else
+#elif defined(__APPLE__)
   return true;  // every Mac of this kind
+#else
+  return false;  // nobody to ask
 #endif
 }
 #endif

@@ -11,7 +11,7 @@ namespace fate {
 struct Avx2 {
   static constexpr int W = 2;
   static constexpr int kTall = 2;  // tiles that a token meets at once
-  static constexpr bool kWide = false;  // a P holds what an I32 does
+  static constexpr bool kWide = false;  // sums of steps have 32 bits; otherwise 16, begun by `first`
   static constexpr const char* name = "avx2";
   using I = __m256i;
   using I32 = __m256i;

@@ -11,7 +11,7 @@ namespace fate {
 struct Avx512 {
   static constexpr int W = 4;
   static constexpr int kTall = 2;  // tiles that a token meets at once
-  static constexpr bool kWide = true;  // a P holds what an I32 does
+  static constexpr bool kWide = true;  // sums of steps have 32 bits; otherwise 16, begun by `first`
   static constexpr const char* name = "avx512-vnni";
   using I = __m512i;
   using I32 = __m512i;

@@ -10,7 +10,7 @@ namespace fate {
 struct Neon {
   static constexpr int W = 1;
   static constexpr int kTall = 2;  // tiles that a token meets at once
-  static constexpr bool kWide = true;  // a P holds what an I32 does
+  static constexpr bool kWide = true;  // sums of steps have 32 bits; otherwise 16, begun by `first`
   static constexpr const char* name = "neon-dotprod";
   using I = uint8x16_t;
   using I32 = int32x4_t;

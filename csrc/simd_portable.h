@@ -12,7 +12,7 @@ namespace fate {
 struct Portable {
   static constexpr int W = 1;  // 128-bit lanes
   static constexpr int kTall = 1;  // tiles that a token meets at once
-  static constexpr bool kWide = true;  // a P holds what an I32 does
+  static constexpr bool kWide = true;  // sums of steps have 32 bits; otherwise 16, begun by `first`
   static constexpr const char* name = "portable";
   struct I { std::uint8_t b[16]; };
   struct I32 { std::int32_t v[4]; };

@@ -155,7 +155,7 @@ template <class S> struct Tiles : Codes<S> {
     }
   }
 
-  // Add the products of a step, four columns, where the sums lie.
+  // Add the products of a step, four columns, where the sums lie: of 32 bits, or a P's, the same type.
   template <int BITS, int R, int C>
   static FATE_INLINE void add_step(const Tile* tile, const ActRow* x, std::size_t at,
                                    std::size_t column, I32 (*sum)[C]) {
@@ -251,7 +251,8 @@ template <class S> struct Tiles : Codes<S> {
   template <int BITS, int G>
   static void gemm_as(const Matrix& w, const ActRow* x, int tokens, int first, int last, float* y,
                       std::size_t stride, std::uint8_t* scratch) {
-    constexpr int kTall = BITS == 8 ? 1 : S::kTall;  // a step of 8 bits needs the registers itself
+    // A step of 8 bits that is several instructions needs the registers itself.
+    constexpr int kTall = BITS == 8 && !S::kWide ? 1 : S::kTall;
     const int most = tiles_at_once(w.cols, G) * kRows;
     const std::size_t apart = tile_bytes(w.cols, G);
     for (int from = first; from < last; from += most) {

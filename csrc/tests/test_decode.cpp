@@ -1,4 +1,4 @@
-// What is computed for one token around the experts, without Python, for the sanitizers: beside the
+// What is computed for one token around the experts, without Python: beside the
 // same in doubles, with matrices of codes and of floats, odd shapes, every instruction set.
 #include <cstring>
 #include <string>
@@ -278,7 +278,8 @@ void check_run(Pool& pool, const char* isa, int width, int inner) {
 
 }  // namespace
 
-int main() {
+int main(int count, char** names) {
+  expect_best(count > 1 ? names[1] : nullptr);
   Pool pool(3);
   for (const Kernels* kernels : available()) {
     use(kernels->name);

@@ -119,8 +119,9 @@ def error(have: Tensor, want: Tensor) -> float:
 
 def in_eight_bits(x: Tensor, group: int) -> Tensor:
     grouped = x.view(len(x), -1, group)
-    step = grouped.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
-    return ((grouped / step).round() * step).view_as(x)
+    most = grouped.abs().amax(-1, keepdim=True).clamp(min=1e-30)
+    # As the kernels do: a value midway between two codes would go the other way by division.
+    return ((grouped * (127 / most)).round() * (most / 127)).view_as(x)
 
 
 def check(both: Both, hidden: int, tokens: int, experts: int, k: int, low: bool = False) -> None:
