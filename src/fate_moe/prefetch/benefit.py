@@ -21,6 +21,7 @@ TRIALS_COST = 0.003  # of the time, that trials of a level may take, as far as p
 SHORTEST_PAUSE, LONGEST_PAUSE = 6, 100  # blocks between trials of a level
 REMEMBERED = 7  # trials of a level; their median counts: guesses learn, caches fill, texts change
 CLOSE = 1.01  # a level that takes this much longer than the quickest, but guesses less, is taken
+WORSE = 1.05  # a level that takes this much longer than the quickest is not worth adding to
 _NAMES = ("without", "with early guesses", "with early and late guesses")
 _TOO_CLOSE = ": too close to be worth the bytes"
 
@@ -104,7 +105,7 @@ class Benefit:
         due = {
             self._last[level] + self._pause(level, best): level
             for level in range(self.levels)
-            if level != best
+            if level != best and not self._adds_to_worse(level, best)
         }
         soonest = min(due)
         pause = max(1, soonest - self._now)
@@ -116,6 +117,10 @@ class Benefit:
             return SHORTEST_PAUSE
         longer = self._log(level) - self._log(best)
         return int(min(max(longer / TRIALS_COST, SHORTEST_PAUSE), LONGEST_PAUSE))
+
+    def _adds_to_worse(self, level: int, best: int) -> bool:
+        """Say whether a level only adds guesses to one that takes clearly longer than the best."""
+        return best < level - 1 and self._log(level - 1) - self._log(best) > log(WORSE)
 
     def _log(self, level: int) -> float:
         """Return the logarithm of what a step takes, over what it takes at level 0."""

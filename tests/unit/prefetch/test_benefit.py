@@ -116,6 +116,16 @@ def test_trials_cost_little(longer: float) -> None:
     assert sum(cost[level] * count for level, count in seen.items()) < 1.01 * 4000
 
 
+def test_more_guesses_are_not_tried_while_fewer_do_not_pay() -> None:
+    benefit = Benefit(3)
+    run(benefit, {0: 1.0, 1: 1.35, 2: 2.0}, BEGINNING[3])
+    seen = run(benefit, {0: 1.0, 1: 1.35, 2: 2.0}, 4000)
+    assert seen[1] > 0
+    assert seen[2] == 0
+    run(benefit, {0: 1.0, 1: 0.9, 2: 0.8}, 4000)
+    assert run(benefit, {0: 1.0, 1: 0.9, 2: 0.8}, 400)[2] > 300
+
+
 def test_without_a_predictor_there_is_nothing_to_choose() -> None:
     benefit = Benefit(1)
     assert run(benefit, {0: 1.0}, 100)[0] == 100
