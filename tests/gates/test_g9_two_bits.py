@@ -60,7 +60,8 @@ def test_the_output_does_not_depend_on_what_was_read_in_two_bits(
     for number, (a, b) in enumerate(zip(have, want, strict=True)):
         assert torch.equal(a, b), f"step {number}"
     telemetry = engine.mover.telemetry
-    if policy == "demand":  # the others may make every head whole ahead of its need
+    # Guesses may make every head whole ahead of its need; with few slots hardly one stays so long.
+    if policy == "demand" and experts != "15%":
         assert telemetry.total(Phase.DECODE).partial > 0
     assert engine.mover.table.evictions > 0 or experts == "90%"
 
