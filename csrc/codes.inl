@@ -5,6 +5,12 @@
 // sixteen codes, by shift and mask alone; whatever a lane holds stays in that lane.
 #pragma once
 
+#if defined(__GNUC__)
+#define FATE_PREFETCH(address) __builtin_prefetch(address)
+#else
+#define FATE_PREFETCH(address)
+#endif
+
 namespace fate {
 namespace {
 

@@ -52,36 +52,21 @@ template <class S> struct Decode {
     }
   }
 
-  static void gemv(const float* w, const float* x, int cols, int first, int last, float* y) {
-    int r = first;
-    for (; r + 4 <= last; r += 4) {
-      const float* row = w + static_cast<std::size_t>(r) * cols;
-      F s[4] = {S::f_zero(), S::f_zero(), S::f_zero(), S::f_zero()};
-      int i = 0;
-      for (; i + L <= cols; i += L) {
-        const F at = S::f_load(x + i);
-        for (int j = 0; j < 4; ++j)
-          s[j] = S::fma(S::f_load(row + static_cast<std::size_t>(j) * cols + i), at, s[j]);
-      }
-      for (int j = 0; j < 4; ++j) {
-        float sum = S::sum(s[j]);
-        for (int k = i; k < cols; ++k)
-          sum = S::fma(row[static_cast<std::size_t>(j) * cols + k], x[k], sum);
-        y[r - first + j] = sum;
-      }
-    }
-    for (; r < last; ++r) y[r - first] = dot(w + static_cast<std::size_t>(r) * cols, x, cols);
-  }
-
-  // Products of kRows rows with N tokens, summed as `gemv` sums them.
+  // Products of kRows rows with N tokens. The first that meet some rows ask for what comes after them:
+  // the processor's own guess sees four short streams.
   static constexpr int kRows = 4;
-  template <int N>
-  static void tile(const std::uint16_t* w, const float* x, int cols, float* y, std::size_t rows) {
+  static constexpr int kAhead = 4096;  // bytes
+  template <int N, bool kAsks, class Weight>
+  static void tile(const Weight* w, const float* x, int cols, float* y, std::size_t rows) {
+    constexpr int kLine = 64 / sizeof(Weight);
     F s[N][kRows];
     for (int t = 0; t < N; ++t)
       for (int j = 0; j < kRows; ++j) s[t][j] = S::f_zero();
     int i = 0;
     for (; i + L <= cols; i += L) {
+      if constexpr (kAsks)
+        for (int at = 0; at < kRows * L; at += kLine)
+          FATE_PREFETCH(w + kRows * i + at + kAhead / sizeof(Weight));
       F row[kRows];
       for (int j = 0; j < kRows; ++j) row[j] = wide(w + static_cast<std::size_t>(j) * cols + i);
       for (int t = 0; t < N; ++t) {
@@ -99,6 +84,13 @@ template <class S> struct Decode {
       }
   }
 
+  static void gemv(const float* w, const float* x, int cols, int first, int last, float* y) {
+    int r = first;
+    for (; r + kRows <= last; r += kRows)
+      tile<1, true>(w + static_cast<std::size_t>(r) * cols, x, cols, y + r - first, 0);
+    for (; r < last; ++r) y[r - first] = dot(w + static_cast<std::size_t>(r) * cols, x, cols);
+  }
+
   static constexpr int kAtOnce = S::W == 2 ? 2 : 6;   // tokens of a tile: as registers allow
   static constexpr int kBlock = 48;                   // tokens that stay in the second cache
 
@@ -109,11 +101,18 @@ template <class S> struct Decode {
       int r = first;
       for (; r + kRows <= last; r += kRows) {
         const std::uint16_t* row = w + static_cast<std::size_t>(r) * cols;
+        const auto meet = [&](auto tile, int t) {
+          tile(row, x + static_cast<std::size_t>(t) * cols, cols, y + t * rows + r, rows);
+        };
         int t = from;
-        for (; t + kAtOnce <= to; t += kAtOnce)
-          tile<kAtOnce>(row, x + static_cast<std::size_t>(t) * cols, cols, y + t * rows + r, rows);
-        for (; t < to; ++t)
-          tile<1>(row, x + static_cast<std::size_t>(t) * cols, cols, y + t * rows + r, rows);
+        if (t + kAtOnce <= to) {
+          meet(tile<kAtOnce, true, std::uint16_t>, t);
+          t += kAtOnce;
+        } else {
+          meet(tile<1, true, std::uint16_t>, t++);
+        }
+        for (; t + kAtOnce <= to; t += kAtOnce) meet(tile<kAtOnce, false, std::uint16_t>, t);
+        for (; t < to; ++t) meet(tile<1, false, std::uint16_t>, t);
       }
       for (; r < last; ++r)
         for (int t = from; t < to; ++t)

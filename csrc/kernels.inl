@@ -11,12 +11,6 @@
 #include "kernels.h"
 #include "tiles.inl"
 
-#if defined(__GNUC__)
-#define FATE_PREFETCH(address) __builtin_prefetch(address)
-#else
-#define FATE_PREFETCH(address)
-#endif
-
 namespace fate {
 namespace {
 
