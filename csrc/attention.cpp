@@ -49,29 +49,81 @@ void norm_heads(const Norm& norm, float* x, int heads, int dim, bool whole) {
     decode_kernels().rms_norm(x + h * dim, norm.weight, dim, norm.eps, x + h * dim);
 }
 
+// One token's attention, each head for itself: its scores, their softmax, the mean of the values.
+struct Attended {
+  static constexpr int kSpan = 256;    // tokens whose scores one core works out at least
+  static constexpr int kColumns = 32;  // of values that one core adds up
+
+  const DecodeKernels& kernels;
+  const AttentionShape& shape;
+  const float* q;
+  const CachePlace& cache;
+  float* scores;  // [heads, tokens]
+  float* out;
+
+  int tokens() const { return cache.length + 1; }
+  int queries() const { return shape.heads / shape.kv_heads; }
+  float* scores_of(int head) const {
+    return scores + static_cast<std::size_t>(head) * queries() * tokens();
+  }
+
+  void append(int head, const float* k, const float* v) const {
+    const std::size_t at = head * cache.stride + static_cast<std::size_t>(cache.length) * shape.dim;
+    std::memcpy(cache.keys + at, k, sizeof(float) * shape.dim);
+    std::memcpy(cache.values + at, v, sizeof(float) * shape.dim);
+  }
+  void score(int head, int first, int last) const {
+    kernels.score(q + head * queries() * shape.dim, cache.keys + head * cache.stride, shape.dim,
+                  queries(), first, last, shape.scale, scores_of(head), tokens());
+  }
+  void weigh(int query) const {
+    kernels.softmax(scores + static_cast<std::size_t>(query) * tokens(), tokens());
+  }
+  void mix(int head, int first, int last) const {
+    kernels.mix(scores_of(head), cache.values + head * cache.stride, tokens(), shape.dim, queries(),
+                first, last, out + head * queries() * shape.dim);
+  }
+
+  // Heads side by side; where these cannot keep all cores busy, parts of them. The bits are the same.
+  void run(Pool& pool) const {
+    const std::size_t size = static_cast<std::size_t>(tokens()) * shape.kv_heads * shape.dim;
+    if (tokens() >= 2 * kSpan && shape.kv_heads % pool.threads() != 0) return run_split(pool);
+    share(pool, size, shape.kv_heads, [this](int head, int) {
+      score(head, 0, tokens());
+      for (int g = 0; g < queries(); ++g) weigh(head * queries() + g);
+      mix(head, 0, shape.dim);
+    });
+  }
+  void run_split(Pool& pool) const {
+    const int spans = (tokens() + kSpan - 1) / kSpan;
+    pool.run(shape.kv_heads * spans, [this, spans](int piece, int) {
+      const int first = piece % spans * kSpan;
+      score(piece / spans, first, std::min(first + kSpan, tokens()));
+    });
+    pool.run(shape.heads, [this](int query, int) { weigh(query); });
+    const int parts = (shape.dim + kColumns - 1) / kColumns;
+    pool.run(shape.kv_heads * parts, [this, parts](int piece, int) {
+      const int first = piece % parts * kColumns;
+      mix(piece / parts, first, std::min(first + kColumns, shape.dim));
+    });
+  }
+};
+
 }  // namespace
 
 void attend(Pool& pool, DecodeMemory& memory, const AttentionShape& shape, float* q, float* k,
             const float* v, const float* cos, const float* sin, const CachePlace& cache, float* out) {
   const DecodeKernels& kernels = decode_kernels();
-  const int dim = shape.dim, queries = shape.heads / shape.kv_heads, length = cache.length + 1;
+  const int dim = shape.dim, length = cache.length + 1;
   norm_heads(shape.q_norm, q, shape.heads, dim, shape.norm_whole);
   norm_heads(shape.k_norm, k, shape.kv_heads, dim, shape.norm_whole);
-  const std::size_t per_head = static_cast<std::size_t>(queries) * length;
-  float* scores = memory.scores.floats(per_head * shape.kv_heads);
-  share(pool, static_cast<std::size_t>(length) * shape.kv_heads * dim, shape.kv_heads,
-        [&](int head, int) {
-          for (int g = 0; g < queries; ++g)
-            kernels.rotate(q + (head * queries + g) * dim, cos, sin, shape.rotary / 2);
-          kernels.rotate(k + head * dim, cos, sin, shape.rotary / 2);
-          float* keys = cache.keys + head * cache.stride;
-          float* values = cache.values + head * cache.stride;
-          const std::size_t row = static_cast<std::size_t>(cache.length) * dim;
-          std::memcpy(keys + row, k + head * dim, sizeof(float) * dim);
-          std::memcpy(values + row, v + head * dim, sizeof(float) * dim);
-          kernels.attend(q + head * queries * dim, keys, values, length, dim, queries, shape.scale,
-                         scores + head * per_head, out + head * queries * dim);
-        });
+  for (int h = 0; h < shape.heads; ++h) kernels.rotate(q + h * dim, cos, sin, shape.rotary / 2);
+  const Attended step{kernels, shape, q, cache, memory.scores.floats(1ul * shape.heads * length), out};
+  for (int head = 0; head < shape.kv_heads; ++head) {
+    kernels.rotate(k + head * dim, cos, sin, shape.rotary / 2);
+    step.append(head, k + head * dim, v + head * dim);
+  }
+  step.run(pool);
 }
 
 void AttentionBlock::attention(Pool& pool, DecodeMemory& memory, const float* x, const float* cos,

@@ -23,10 +23,15 @@ struct DecodeKernels {
   void (*gemm)(const std::uint16_t* w, const float* x, int cols, int tokens, int first, int last,
                float* y, std::size_t rows);
 
-  // Softmax attention of `queries` [queries, dim] over keys and values [length, dim] into
-  // out [queries, dim]. `scores`: queries * length floats.
-  void (*attend)(const float* q, const float* keys, const float* values, int length, int dim,
-                 int queries, float scale, float* scores, float* out);
+  // scores[g * length + t] = scale * dot(q[g], keys[t]) for tokens [first, last) of keys [.., dim];
+  // q [queries, dim].
+  void (*score)(const float* q, const float* keys, int dim, int queries, int first, int last,
+                float scale, float* scores, std::size_t length);
+
+  // out[g] = sum of shares[g][t] * values[t], columns [first, last) of [queries, dim]; values
+  // [length, dim]. Every column's bits are the same whichever come with it.
+  void (*mix)(const float* shares, const float* values, int length, int dim, int queries, int first,
+              int last, float* out);
 
   // x[i] = exp(x[i] - max) / sum.
   void (*softmax)(float* x, int count);

@@ -15,7 +15,7 @@ namespace {
 template <class S> struct Decode {
   using F = typename S::F;
   static constexpr int L = 4 * S::W;  // floats of a vector
-  static constexpr int kTile = 64;    // tokens whose keys, then values, stay in the first cache
+  static constexpr int kTile = 32;    // tokens whose values, and the next ones', stay in the first cache
 
   // Weights are floats, or bfloat16: the upper half of a float.
   static F wide(const float* w) { return S::f_load(w); }
@@ -94,25 +94,29 @@ template <class S> struct Decode {
   static constexpr int kAtOnce = S::W == 2 ? 2 : 6;   // tokens of a tile: as registers allow
   static constexpr int kBlock = 48;                   // tokens that stay in the second cache
 
-  static void gemm(const std::uint16_t* w, const float* x, int cols, int tokens, int first,
-                   int last, float* y, std::size_t rows) {
+  // N tokens at a time, of those from `t` to `to`, as far as they go; returns what is left.
+  template <int N, class Weight>
+  static int meet(const Weight* w, const float* x, int cols, int from, int t, int to, float* y,
+                  std::size_t rows) {
+    for (; t + N <= to; t += N) {
+      const float* at = x + static_cast<std::size_t>(t) * cols;
+      if (t == from) tile<N, true>(w, at, cols, y + t * rows, rows);
+      else tile<N, false>(w, at, cols, y + t * rows, rows);
+    }
+    return t;
+  }
+
+  template <class Weight>
+  static void gemm(const Weight* w, const float* x, int cols, int tokens, int first, int last,
+                   float* y, std::size_t rows) {
     for (int from = 0; from < tokens; from += kBlock) {
       const int to = least(from + kBlock, tokens);
       int r = first;
       for (; r + kRows <= last; r += kRows) {
-        const std::uint16_t* row = w + static_cast<std::size_t>(r) * cols;
-        const auto meet = [&](auto tile, int t) {
-          tile(row, x + static_cast<std::size_t>(t) * cols, cols, y + t * rows + r, rows);
-        };
-        int t = from;
-        if (t + kAtOnce <= to) {
-          meet(tile<kAtOnce, true, std::uint16_t>, t);
-          t += kAtOnce;
-        } else {
-          meet(tile<1, true, std::uint16_t>, t++);
-        }
-        for (; t + kAtOnce <= to; t += kAtOnce) meet(tile<kAtOnce, false, std::uint16_t>, t);
-        for (; t < to; ++t) meet(tile<1, false, std::uint16_t>, t);
+        const Weight* row = w + static_cast<std::size_t>(r) * cols;
+        int t = meet<kAtOnce>(row, x, cols, from, from, to, y + r, rows);
+        if constexpr (kAtOnce > 2) t = meet<2>(row, x, cols, from, t, to, y + r, rows);
+        meet<1>(row, x, cols, from, t, to, y + r, rows);
       }
       for (; r < last; ++r)
         for (int t = from; t < to; ++t)
@@ -134,56 +138,92 @@ template <class S> struct Decode {
     return sum;
   }
 
+  static float most_of(const float* x, int count) {
+    float lanes[16];  // side by side: a compiler makes vectors of them
+    for (int j = 0; j < 16; ++j) lanes[j] = x[0];
+    int i = 0;
+    for (; i + 16 <= count; i += 16)
+      for (int j = 0; j < 16; ++j) lanes[j] = x[i + j] > lanes[j] ? x[i + j] : lanes[j];
+    for (; i < count; ++i) lanes[0] = x[i] > lanes[0] ? x[i] : lanes[0];
+    float most = lanes[0];
+    for (int j = 1; j < 16; ++j) most = lanes[j] > most ? lanes[j] : most;
+    return most;
+  }
+
   static void softmax(float* x, int count) {
-    float most = x[0];
-    for (int i = 1; i < count; ++i) most = x[i] > most ? x[i] : most;
-    exp_less(x, count, most);
+    exp_less(x, count, most_of(x, count));
     const float share = 1.0f / sum_of(x, count);
     for (int i = 0; i < count; ++i) x[i] *= share;
   }
 
-  // out += sum_t p[t] * rows[t]
-  static void add_rows(const float* p, const float* rows, int count, int dim, float* out) {
-    int d = 0;
-    for (; d + 4 * L <= dim; d += 4 * L) {
-      F s[4];
-      for (int j = 0; j < 4; ++j) s[j] = S::f_load(out + d + j * L);
-      for (int t = 0; t < count; ++t) {
-        const F share = S::f_set(p[t]);
-        const float* row = rows + static_cast<std::size_t>(t) * dim + d;
-        for (int j = 0; j < 4; ++j) s[j] = S::fma(share, S::f_load(row + j * L), s[j]);
-      }
-      for (int j = 0; j < 4; ++j) S::f_store(out + d + j * L, s[j]);
+  static void score(const float* q, const float* keys, int dim, int queries, int first, int last,
+                    float scale, float* scores, std::size_t length) {
+    if (queries > 1) {
+      gemm(keys, q, dim, queries, first, last, scores, length);
+    } else {  // memory is read fastest on and on
+      for (int t = first; t < last; ++t)
+        scores[t] = dot(q, keys + static_cast<std::size_t>(t) * dim, dim);
     }
-    if (d == dim) return;
-    for (int t = 0; t < count; ++t)
-      for (int i = d; i < dim; ++i)
-        out[i] = S::fma(p[t], rows[static_cast<std::size_t>(t) * dim + i], out[i]);
+    for (int g = 0; g < queries; ++g)
+      for (int t = first; t < last; ++t) scores[g * length + t] *= scale;
   }
 
-  static void attend(const float* q, const float* keys, const float* values, int length, int dim,
-                     int queries, float scale, float* scores, float* out) {
-    for (int from = 0; from < length; from += kTile) {
-      const int to = least(from + kTile, length);
-      for (int g = 0; g < queries; ++g)
-        for (int t = from; t < to; ++t)
-          scores[static_cast<std::size_t>(g) * length + t] =
-              scale * dot(q + static_cast<std::size_t>(g) * dim,
-                          keys + static_cast<std::size_t>(t) * dim, dim);
+  // out[n] += sum_t p[n][t] * rows[t], of N queries, V vectors of columns; bits do not depend on either.
+  template <int N, int V>
+  static void add_rows(const float* p, std::size_t apart, const float* rows, int count, int dim,
+                       float* out) {
+    F s[N][V];
+    for (int n = 0; n < N; ++n)
+      for (int j = 0; j < V; ++j) s[n][j] = S::f_load(out + n * dim + j * L);
+    for (int t = 0; t < count; ++t) {
+      const float* row = rows + static_cast<std::size_t>(t) * dim;
+      for (int j = 0; j < V; j += 16 / L)  // what the same columns of the next tile hold
+        FATE_PREFETCH(row + static_cast<std::size_t>(kTile) * dim + j * L);
+      F value[V];
+      for (int j = 0; j < V; ++j) value[j] = S::f_load(row + j * L);
+      for (int n = 0; n < N; ++n) {
+        const F share = S::f_set(p[n * apart + t]);
+        for (int j = 0; j < V; ++j) s[n][j] = S::fma(share, value[j], s[n][j]);
+      }
     }
-    for (int g = 0; g < queries; ++g) softmax(scores + static_cast<std::size_t>(g) * length, length);
-    std::memset(out, 0, sizeof(float) * queries * dim);
+    for (int n = 0; n < N; ++n)
+      for (int j = 0; j < V; ++j) S::f_store(out + n * dim + j * L, s[n][j]);
+  }
+
+  // The same for all columns from `first` to `last`.
+  template <int N>
+  static void add_columns(const float* p, std::size_t apart, const float* rows, int count, int dim,
+                          int first, int last, float* out) {
+    int d = first;
+    if constexpr (N == 1)  // as registers allow
+      for (; d + 8 * L <= last; d += 8 * L) add_rows<N, 8>(p, apart, rows + d, count, dim, out + d);
+    for (; d + 4 * L <= last; d += 4 * L) add_rows<N, 4>(p, apart, rows + d, count, dim, out + d);
+    for (; d + L <= last; d += L) add_rows<N, 1>(p, apart, rows + d, count, dim, out + d);
+    for (int n = 0; n < N && d < last; ++n)
+      for (int t = 0; t < count; ++t)
+        for (int i = d; i < last; ++i)
+          out[n * dim + i] = S::fma(p[n * apart + t], rows[static_cast<std::size_t>(t) * dim + i],
+                                    out[n * dim + i]);
+  }
+
+  static void mix(const float* shares, const float* values, int length, int dim, int queries,
+                  int first, int last, float* out) {
+    const std::size_t apart = length;
+    for (int g = 0; g < queries; ++g)
+      std::memset(out + g * dim + first, 0, sizeof(float) * (last - first));
     for (int from = 0; from < length; from += kTile) {
       const int count = least(kTile, length - from);
-      for (int g = 0; g < queries; ++g)
-        add_rows(scores + static_cast<std::size_t>(g) * length + from,
-                 values + static_cast<std::size_t>(from) * dim, count, dim,
-                 out + static_cast<std::size_t>(g) * dim);
+      const float* rows = values + static_cast<std::size_t>(from) * dim;
+      int g = 0;
+      for (; g + 2 <= queries; g += 2)
+        add_columns<2>(shares + g * apart + from, apart, rows, count, dim, first, last, out + g * dim);
+      if (g < queries)
+        add_columns<1>(shares + g * apart + from, apart, rows, count, dim, first, last, out + g * dim);
     }
   }
 
   static constexpr DecodeKernels table() {
-    return {S::name, rms_norm, rotate, gemv, gemm, attend, softmax};
+    return {S::name, rms_norm, rotate, gemv, gemm<std::uint16_t>, score, mix, softmax};
   }
 };
 
