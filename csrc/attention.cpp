@@ -49,10 +49,12 @@ void norm_heads(const Norm& norm, float* x, int heads, int dim, bool whole) {
     decode_kernels().rms_norm(x + h * dim, norm.weight, dim, norm.eps, x + h * dim);
 }
 
-// One token's attention, each head for itself: its scores, their softmax, the mean of the values.
+// One token's attention: scores, their softmax, the mean of the values; `kv` is a head of keys, with
+// the queries that share it.
 struct Attended {
-  static constexpr int kSpan = 256;    // tokens whose scores one core works out at least
-  static constexpr int kColumns = 32;  // of values that one core adds up
+  static constexpr int kSpan = 256;    // tokens that one core scores at a time
+  static constexpr int kColumns = 32;  // of values that one core adds up at a time
+  static_assert(kSpan % kKeysAtOnce == 0, "bits would depend on the spans");
 
   const DecodeKernels& kernels;
   const AttentionShape& shape;
@@ -63,35 +65,37 @@ struct Attended {
 
   int tokens() const { return cache.length + 1; }
   int queries() const { return shape.heads / shape.kv_heads; }
-  float* scores_of(int head) const {
-    return scores + static_cast<std::size_t>(head) * queries() * tokens();
+  float* scores_of(int kv) const {
+    return scores + static_cast<std::size_t>(kv) * queries() * tokens();
   }
 
-  void append(int head, const float* k, const float* v) const {
-    const std::size_t at = head * cache.stride + static_cast<std::size_t>(cache.length) * shape.dim;
+  void append(int kv, const float* k, const float* v) const {
+    const std::size_t at = kv * cache.stride + static_cast<std::size_t>(cache.length) * shape.dim;
     std::memcpy(cache.keys + at, k, sizeof(float) * shape.dim);
     std::memcpy(cache.values + at, v, sizeof(float) * shape.dim);
   }
-  void score(int head, int first, int last) const {
-    kernels.score(q + head * queries() * shape.dim, cache.keys + head * cache.stride, shape.dim,
-                  queries(), first, last, shape.scale, scores_of(head), tokens());
+  void score(int kv, int first, int last) const {
+    kernels.score(q + kv * queries() * shape.dim, cache.keys + kv * cache.stride, shape.dim,
+                  queries(), first, last, shape.scale, scores_of(kv), tokens());
   }
   void weigh(int query) const {
     kernels.softmax(scores + static_cast<std::size_t>(query) * tokens(), tokens());
   }
-  void mix(int head, int first, int last) const {
-    kernels.mix(scores_of(head), cache.values + head * cache.stride, tokens(), shape.dim, queries(),
-                first, last, out + head * queries() * shape.dim);
+  void mix(int kv, int first, int last) const {
+    kernels.mix(scores_of(kv), cache.values + kv * cache.stride, tokens(), shape.dim, queries(),
+                first, last, out + kv * queries() * shape.dim);
   }
 
-  // Heads side by side; where these cannot keep all cores busy, parts of them. The bits are the same.
+  // Heads of keys side by side; parts of them where that would leave cores idle. Same bits either way.
   void run(Pool& pool) const {
     const std::size_t size = static_cast<std::size_t>(tokens()) * shape.kv_heads * shape.dim;
-    if (tokens() >= 2 * kSpan && shape.kv_heads % pool.threads() != 0) return run_split(pool);
-    share(pool, size, shape.kv_heads, [this](int head, int) {
-      score(head, 0, tokens());
-      for (int g = 0; g < queries(); ++g) weigh(head * queries() + g);
-      mix(head, 0, shape.dim);
+    const int cores = pool.threads();
+    const bool even = shape.kv_heads % cores == 0 || shape.kv_heads >= 4 * cores;
+    if (!even && tokens() >= 2 * kSpan && size >= Products::kWorthSharing) return run_split(pool);
+    share(pool, size, shape.kv_heads, [this](int kv, int) {
+      score(kv, 0, tokens());
+      for (int g = 0; g < queries(); ++g) weigh(kv * queries() + g);
+      mix(kv, 0, shape.dim);
     });
   }
   void run_split(Pool& pool) const {
@@ -119,9 +123,9 @@ void attend(Pool& pool, DecodeMemory& memory, const AttentionShape& shape, float
   norm_heads(shape.k_norm, k, shape.kv_heads, dim, shape.norm_whole);
   for (int h = 0; h < shape.heads; ++h) kernels.rotate(q + h * dim, cos, sin, shape.rotary / 2);
   const Attended step{kernels, shape, q, cache, memory.scores.floats(1ul * shape.heads * length), out};
-  for (int head = 0; head < shape.kv_heads; ++head) {
-    kernels.rotate(k + head * dim, cos, sin, shape.rotary / 2);
-    step.append(head, k + head * dim, v + head * dim);
+  for (int kv = 0; kv < shape.kv_heads; ++kv) {
+    kernels.rotate(k + kv * dim, cos, sin, shape.rotary / 2);
+    step.append(kv, k + kv * dim, v + kv * dim);
   }
   step.run(pool);
 }

@@ -5,6 +5,7 @@
 // sixteen codes, by shift and mask alone; whatever a lane holds stays in that lane.
 #pragma once
 
+// Ask for what will be read soon; the address may lie past the end of anything.
 #if defined(__GNUC__)
 #define FATE_PREFETCH(address) __builtin_prefetch(address)
 #else

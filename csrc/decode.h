@@ -6,6 +6,8 @@
 
 namespace fate {
 
+constexpr int kKeysAtOnce = 4;  // that `score` takes together
+
 struct DecodeKernels {
   const char* name;  // that of the Kernels of the same instruction set
 
@@ -23,13 +25,14 @@ struct DecodeKernels {
   void (*gemm)(const std::uint16_t* w, const float* x, int cols, int tokens, int first, int last,
                float* y, std::size_t rows);
 
-  // scores[g * length + t] = scale * dot(q[g], keys[t]) for tokens [first, last) of keys [.., dim];
-  // q [queries, dim].
+  // scores[g * length + t] = scale * dot(q[g], keys[t]) for tokens [first, last) of keys
+  // [length, dim]; q [queries, dim]. A token's bits are the same in any span of them that begins at a
+  // multiple of kKeysAtOnce, and ends at one or with the last token.
   void (*score)(const float* q, const float* keys, int dim, int queries, int first, int last,
                 float scale, float* scores, std::size_t length);
 
-  // out[g] = sum of shares[g][t] * values[t], columns [first, last) of [queries, dim]; values
-  // [length, dim]. Every column's bits are the same whichever come with it.
+  // out[g] = sum of shares[g][t] * values[t], columns [first, last) of [queries, dim]; shares
+  // [queries, length], values [length, dim]. Every column's bits are the same whichever come with it.
   void (*mix)(const float* shares, const float* values, int length, int dim, int queries, int first,
               int last, float* out);
 

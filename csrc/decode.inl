@@ -15,7 +15,7 @@ namespace {
 template <class S> struct Decode {
   using F = typename S::F;
   static constexpr int L = 4 * S::W;  // floats of a vector
-  static constexpr int kTile = 32;    // tokens whose values, and the next ones', stay in the first cache
+  static constexpr int kTile = 32;    // tokens whose values stay in the first cache
 
   // Weights are floats, or bfloat16: the upper half of a float.
   static F wide(const float* w) { return S::f_load(w); }
@@ -54,7 +54,7 @@ template <class S> struct Decode {
 
   // Products of kRows rows with N tokens. The first that meet some rows ask for what comes after them:
   // the processor's own guess sees four short streams.
-  static constexpr int kRows = 4;
+  static constexpr int kRows = kKeysAtOnce;
   static constexpr int kAhead = 4096;  // bytes
   template <int N, bool kAsks, class Weight>
   static void tile(const Weight* w, const float* x, int cols, float* y, std::size_t rows) {
@@ -169,6 +169,7 @@ template <class S> struct Decode {
   }
 
   // out[n] += sum_t p[n][t] * rows[t], of N queries, V vectors of columns; bits do not depend on either.
+  // All ask for the same columns of the next tile: where only the first did, it took longer.
   template <int N, int V>
   static void add_rows(const float* p, std::size_t apart, const float* rows, int count, int dim,
                        float* out) {
@@ -177,7 +178,7 @@ template <class S> struct Decode {
       for (int j = 0; j < V; ++j) s[n][j] = S::f_load(out + n * dim + j * L);
     for (int t = 0; t < count; ++t) {
       const float* row = rows + static_cast<std::size_t>(t) * dim;
-      for (int j = 0; j < V; j += 16 / L)  // what the same columns of the next tile hold
+      for (int j = 0; j < V; j += 16 / L)
         FATE_PREFETCH(row + static_cast<std::size_t>(kTile) * dim + j * L);
       F value[V];
       for (int j = 0; j < V; ++j) value[j] = S::f_load(row + j * L);
@@ -190,15 +191,23 @@ template <class S> struct Decode {
       for (int j = 0; j < V; ++j) S::f_store(out + n * dim + j * L, s[n][j]);
   }
 
-  // The same for all columns from `first` to `last`.
+  // The same for columns from `d` to `last` as far as V vectors go; returns where what is left begins.
+  template <int N, int V>
+  static int add_some(const float* p, std::size_t apart, const float* rows, int count, int dim, int d,
+                      int last, float* out) {
+    for (; d + V * L <= last; d += V * L) add_rows<N, V>(p, apart, rows + d, count, dim, out + d);
+    return d;
+  }
+
   template <int N>
   static void add_columns(const float* p, std::size_t apart, const float* rows, int count, int dim,
                           int first, int last, float* out) {
     int d = first;
-    if constexpr (N == 1)  // as registers allow
-      for (; d + 8 * L <= last; d += 8 * L) add_rows<N, 8>(p, apart, rows + d, count, dim, out + d);
-    for (; d + 4 * L <= last; d += 4 * L) add_rows<N, 4>(p, apart, rows + d, count, dim, out + d);
-    for (; d + L <= last; d += L) add_rows<N, 1>(p, apart, rows + d, count, dim, out + d);
+    if constexpr (N == 1)  // registers allow more
+      d = add_some<N, 8>(p, apart, rows, count, dim, d, last, out);
+    d = add_some<N, 4>(p, apart, rows, count, dim, d, last, out);
+    d = add_some<N, 2>(p, apart, rows, count, dim, d, last, out);
+    d = add_some<N, 1>(p, apart, rows, count, dim, d, last, out);
     for (int n = 0; n < N && d < last; ++n)
       for (int t = 0; t < count; ++t)
         for (int i = d; i < last; ++i)
