@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from fate_moe import native
 from fate_moe.bench.passes import time_pass
 from fate_moe.config import DEFAULT_POLICY, Config, make_config
 from fate_moe.engine.build import build
@@ -37,6 +38,7 @@ class Job:
         stage, tokens, passes, threads: as in `Cell`.
         is_limited: the process has a memory limit, so not everything can be resident.
         ram: memory to plan with.
+        instructions: that the native core computes with; empty: the widest there are.
     """
 
     store: str
@@ -46,14 +48,17 @@ class Job:
     threads: int
     is_limited: bool
     ram: str = RAM
+    instructions: str = ""
 
 
 def measure(job: Job) -> dict[str, object]:
     """Open the store and run the job.
 
     Raises:
-        FateError: as `build`.
+        FateError: as `build`, and as `use_instructions`.
     """
+    if job.instructions:
+        native.use_instructions(job.instructions)
     torch.set_num_threads(job.threads)
     began_s = time.perf_counter()
     engine = _open(job)

@@ -29,13 +29,14 @@ _TOO_CLOSE = ": too close to be worth the bytes"
 class Benefit:
     """Times levels against each other."""
 
-    def __init__(self, levels: int) -> None:
+    def __init__(self, levels: int, is_fixed: bool = False) -> None:
         """Begin with the highest level.
 
         Args:
             levels: how many there are; 1: nothing is ever guessed.
+            is_fixed: stay with the highest level, whether it pays or not.
         """
-        self.levels = levels
+        self.levels, self.is_fixed = levels, is_fixed
         self._found = [deque[float](maxlen=REMEMBERED) for _ in range(levels)]
         self._found[0].append(0.0)
         self._steps: list[float] = []
@@ -51,7 +52,7 @@ class Benefit:
 
     def end_step(self, seconds: float) -> None:
         """Take in how long a decode step took at the present level."""
-        if self.levels == 1:
+        if self.levels == 1 or self.is_fixed:
             return
         self._steps.append(seconds)
         if len(self._steps) < BLOCK_STEPS:
@@ -68,6 +69,8 @@ class Benefit:
         if self.levels == 1:
             return "nothing is guessed"
         state = ("off", "on", "on, twice per layer")[self.level]
+        if self.is_fixed:
+            return f"{state}; not asked whether it pays, since a window is set"
         if not all(self._found):
             return f"{state}; too few tokens to say whether it pays"
         last, last_s = self._blocks[-1]

@@ -62,8 +62,7 @@ class Mover:
             guess_levels: of guessing, see `Benefit`; with a window there is no choice.
             head_bytes: what the read of an INT2 head brings, [L]; empty where there are none.
         """
-        self.benefit = Benefit(guess_levels)
-        self._timed = window is None
+        self.benefit = Benefit(guess_levels, is_fixed=window is not None)
         self.table = table
         self.telemetry = Telemetry(len(record_bytes))
         self.link = LinkMeter()
@@ -86,7 +85,7 @@ class Mover:
 
     def guess_level(self, tokens: int) -> int:
         """Say how much should be guessed in a step, see `Benefit`; all there is for a prompt."""
-        return self.benefit.level if tokens == 1 and self._timed else self.benefit.levels - 1
+        return self.benefit.level if tokens == 1 else self.benefit.levels - 1
 
     def speculate(self, prediction: Prediction | None) -> None:
         """Start reading guessed experts, as many as the window allows, most likely first.

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from fate_moe import native
 from fate_moe.bench import rounds
 from fate_moe.bench.ceilings import decode_ceiling, prefill_ceiling, token_bytes
 from fate_moe.bench.cgroup import DiskRate
@@ -281,6 +282,20 @@ def test_what_is_written_is_random_whatever_the_model_says(store: Path) -> None:
     assert seen == [*prompt, *forced[:10]]  # the last one is not read any more
     assert len(steps) == 10
     assert min(steps) > 0
+
+
+@pytest.mark.skipif(not native.is_available(), reason=native.why_missing)
+def test_the_worker_computes_with_the_instructions_of_whoever_runs_it(store: Path) -> None:
+    before = native.core().isa()
+    try:
+        native.use_instructions("portable")
+        (setting,) = Fate(store).settings(Cell("decode", 4, 1, None, 1), thorough=False)
+        job = json.loads(setting.command[-1])
+        native.use_instructions(before)
+        found = measure(Job(**job))
+    finally:
+        native.use_instructions(before)
+    assert "portable" in str(found["mode"])
 
 
 def test_an_unknown_stage_is_one_line(store: Path) -> None:

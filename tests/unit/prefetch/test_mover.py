@@ -479,9 +479,15 @@ def test_how_much_is_guessed_follows_what_pays(bench: Callable[..., Bench]) -> N
     finally:
         free.close()
     fixed = Mover(b.mover.table, b.reader, b, [RECORD] * 2, io_threads=1, window=5, guess_levels=3)
-    fixed.benefit.level = 0
-    assert fixed.guess_level(1) == 2
-    fixed.close()
+    try:
+        for _ in range(40):
+            assert fixed.guess_level(1) == 2
+            for layer in (0, 1):
+                with fixed.lease(Choice(layer, [0])) as arriving:
+                    list(arriving)
+        assert fixed.benefit.describe().startswith("on, twice per layer; not asked")
+    finally:
+        fixed.close()
 
 
 def test_what_a_second_guess_drops_it_may_read_in_its_place(bench: Callable[..., Bench]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fate_moe import native
 from fate_moe.bench.rivals.rival import Cell, Reading, Setting
 from fate_moe.errors import ConfigError
 
@@ -31,6 +32,7 @@ class Fate:
             "store": str(self.store), "stage": cell.stage, "tokens": cell.tokens,
             "passes": cell.passes, "threads": cell.threads,
             "is_limited": cell.limit_bytes is not None,
+            "instructions": native.core().isa() if native.is_available() else "",
         }  # fmt: skip
         command = (sys.executable, "-m", "fate_moe.bench.worker", json.dumps(job))
         return [Setting("default", command)]
