@@ -31,6 +31,9 @@ def load(  # noqa: PLR0913 - a model's options, all of them by name
         out = model.generate(**tokenizer("Hello", return_tensors="pt"), max_new_tokens=20)
         print(model.fate.report())
 
+    Set OMP_WAIT_POLICY=PASSIVE before torch is imported: its threads otherwise spin where ours
+    compute, and a token takes longer.
+
     Args:
         model: `smolmoe`, a folder (checkpoint or store), a GGUF file, or a hub id.
         ram: limit for the whole process, `6GiB` or `50%` of what is available.
